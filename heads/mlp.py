@@ -1,0 +1,18 @@
+"""The head of one classification task."""
+
+from torch import Tensor, nn
+
+
+class MLPHead(nn.Sequential):
+    """Linear, ReLU, Linear: a sentence vector -> a score per class.
+
+    The system's task A (sentence classification) is `MLPHead(768, 256, 3)`, task B (sentiment)
+    `MLPHead(768, 128, 3)`.
+    """
+
+    def __init__(self, hidden: int, width: int, classes: int) -> None:
+        super().__init__(nn.Linear(hidden, width), nn.ReLU(), nn.Linear(width, classes))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(B, H) -> (B, classes) logits."""
+        return super().forward(embeddings)  # type: ignore[no-any-return]

@@ -1,0 +1,77 @@
+"""2 of 4: every token looks at every token that the mask allows."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minibert.config import BertConfig
+
+# query, key, value (B, N, T, D), mask (B, 1, T, T) or None, dropout probability
+#   -> context (B, N, T, D), attention weights (B, N, T, T) or None where they are never formed
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor | None]]
+
+
+def eager_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float
+) -> tuple[Tensor, Tensor | None]:
+    """softmax(Q K^T / sqrt(D)) V, written out (Vaswani et al. 2017, equation 1)."""
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (B, N, T, T)
+    if mask is not None:
+        lowest = torch.finfo(scores.dtype).min  # finite: a row with nothing to look at stays finite
+        scores = scores + torch.where(mask, scores.new_zeros(()), lowest)
+    weights = F.dropout(scores.softmax(dim=-1), dropout_p)  # (B, N, T, T)
+    return weights @ value, weights
+
+
+def sdpa_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float
+) -> tuple[Tensor, None]:
+    """The same in one fused call, which never forms the (T, T) weights."""
+    context = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=query.shape[-1] ** -0.5
+    )
+    return context, None
+
+
+ATTENTION_FUNCTIONS: dict[str, AttentionFunction] = {"eager": eager_attention, "sdpa": sdpa_attention}
+
+
+def expand_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """(B, T), 1 where there is a token -> boolean (B, 1, T, T); None where nothing is masked."""
+    if attention_mask is None or attention_mask.all():
+        return None
+    batch, length = attention_mask.shape
+    return attention_mask.bool()[:, None, None, :].expand(batch, 1, length, length)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2)."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.head_size = config.head_size
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+        self.weights_dropout_p = config.attention_probs_dropout_prob
+        # DistilBERT has no dropout here.
+        self.dropout = nn.Dropout(0.0 if config.model_type == "distilbert" else config.hidden_dropout_prob)
+
+    def forward(
+        self, hidden: Tensor, mask: Tensor | None, attend: AttentionFunction
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, H) -> (B, T, H), and the attention weights if `attend` forms them."""
+        query = self.split_heads(self.query(hidden))  # (B, N, T, D)
+        key = self.split_heads(self.key(hidden))  # (B, N, T, D)
+        value = self.split_heads(self.value(hidden))  # (B, N, T, D)
+        dropout_p = self.weights_dropout_p if self.training else 0.0
+        context, weights = attend(query, key, value, mask, dropout_p)  # (B, N, T, D)
+        context = context.transpose(1, 2).flatten(2)  # (B, T, H)
+        return self.dropout(self.output(context)), weights
+
+    def split_heads(self, hidden: Tensor) -> Tensor:
+        """(B, T, H) -> (B, N, T, D)."""
+        return hidden.unflatten(-1, (-1, self.head_size)).transpose(1, 2)

@@ -1,0 +1,88 @@
+"""The configuration of a BERT, under its published field names."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+HIDDEN_ACTS = ("gelu", "relu", "gelu_new", "silu")
+
+# Published fields that change what is computed; the encoder does only the value given here.
+UNSUPPORTED_UNLESS = {
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "pruned_heads": {},
+}
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """config.json of a BERT (Devlin et al. 2018, section 3); the defaults are bert-base-uncased's.
+
+    `model_type` is the family the checkpoint is published in: "bert", or "distilbert" (Sanh et
+    al. 2019), which has no token types, no pooler and no dropout after the attention output.
+
+    Raises:
+        ValueError: a value with which no encoder can be built; the message names the field.
+    """
+
+    model_type: str = "bert"
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+
+    def __post_init__(self) -> None:
+        smallest = {"num_hidden_layers": 0, "type_vocab_size": 0}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < smallest.get(field.name, 1)):
+                least = smallest.get(field.name, 1)
+                raise ValueError(f"{field.name} is {value!r}, it must be an integer from {least} up")
+            if field.type is float and (type(value) not in (int, float) or not 0 <= value < 1):
+                raise ValueError(f"{field.name} is {value!r}, it must be a number from 0 up to 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} cannot be split into {self.num_attention_heads} equal "
+                "heads (num_attention_heads)"
+            )
+        if self.hidden_act not in HIDDEN_ACTS:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not supported, only {', '.join(HIDDEN_ACTS)}")
+        if self.pad_token_id is not None and self.pad_token_id not in range(self.vocab_size):
+            raise ValueError(f"pad_token_id {self.pad_token_id!r} is not in the vocabulary")
+        if self.model_type not in ("bert", "distilbert"):
+            raise ValueError(f"model_type {self.model_type!r} is not supported, only bert and distilbert")
+        if self.model_type == "distilbert" and (self.type_vocab_size, self.layer_norm_eps) != (0, 1e-12):
+            raise ValueError("a distilbert has type_vocab_size 0 and layer_norm_eps 1e-12")
+
+    @property
+    def head_size(self) -> int:
+        """D, the size of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, published: Mapping[str, Any]) -> Self:
+        """From the fields of a config.json; those that do not concern the encoder are left out.
+
+        Raises:
+            ValueError: a value that the encoder does not support.
+        """
+        for name, supported in UNSUPPORTED_UNLESS.items():
+            value = published.get(name, supported)
+            if value is not None and value != supported:
+                raise ValueError(f"{name} {value!r} is not supported, only {supported!r}")
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in published.items() if name in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The published fields."""
+        return asdict(self)

@@ -1,0 +1,31 @@
+"""1 of 4: token ids become vectors."""
+
+import torch
+from torch import Tensor, nn
+
+from minibert.config import BertConfig
+
+
+class Embeddings(nn.Module):
+    """Word + token type + position vectors, normalised (Devlin et al. 2018, section 3.2, figure 2)."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type = (
+            nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """(B, T) ids -> (B, T, H). Without `token_type_ids` every token is of type 0."""
+        positions = torch.arange(input_ids.shape[-1], device=input_ids.device)  # (T,)
+        hidden = self.word(input_ids)  # (B, T, H)
+        # Token type before position: the other order rounds differently from the published model.
+        if self.token_type is not None:
+            types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            hidden = hidden + self.token_type(types)  # (B, T, H)
+        hidden = hidden + self.position(positions)  # (B, T, H)
+        return self.dropout(self.norm(hidden))  # type: ignore[no-any-return]

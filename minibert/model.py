@@ -1,0 +1,206 @@
+"""4 of 4: the whole encoder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from minibert.attention import ATTENTION_FUNCTIONS, expand_mask
+from minibert.config import BertConfig
+from minibert.embeddings import Embeddings
+from minibert.layers import EncoderLayer, Pooler
+from weights import CheckpointError, load_checkpoint, save_checkpoint
+
+
+@dataclass(frozen=True)
+class BertModelOutput:
+    """What the encoder computes.
+
+    `last_hidden_state` (B, T, H). `pooler_output` (B, H), None without a pooler.
+    `hidden_states`: L + 1 tensors (B, T, H), the embeddings' output first, if asked for.
+    `attentions`: L tensors (B, N, T, T), if asked for.
+    """
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class BertModel(nn.Module):
+    """The BERT encoder (Devlin et al. 2018, section 3), with random weights; see `from_pretrained`.
+
+    `attention` is "sdpa" (fused) or "eager" (written out, and can return its weights).
+
+    Raises:
+        ValueError: `attention` is neither.
+    """
+
+    def __init__(self, config: BertConfig, *, attention: str = "sdpa", add_pooling_layer: bool = True) -> None:
+        super().__init__()
+        if attention not in ATTENTION_FUNCTIONS:
+            raise ValueError(f"attention is {attention!r}, it must be {' or '.join(ATTENTION_FUNCTIONS)}")
+        self.config = config
+        self.attention = attention
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.pooler = Pooler(config) if add_pooling_layer else None
+        self.apply(self._initialise)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> BertModelOutput:
+        """Encodes a batch of token ids.
+
+        Args:
+            input_ids: (B, T) integers from 0 to vocab_size - 1.
+            attention_mask: (B, T), 1 or True for a token, 0 or False for padding; all ones if None.
+            token_type_ids: (B, T) integers from 0 to type_vocab_size - 1; all zeros if None.
+            output_hidden_states: also return the output of the embeddings and of every layer.
+            output_attentions: also return every layer's attention weights; needs attention="eager".
+
+        Raises:
+            TypeError: an argument is not a tensor of the right kind.
+            ValueError: an argument has a wrong shape or value; the message says which and where.
+        """
+        self._check_inputs(input_ids, attention_mask, token_type_ids, output_attentions)
+        attend = ATTENTION_FUNCTIONS[self.attention]
+        mask = expand_mask(attention_mask)  # (B, 1, T, T) or None
+        hidden = self.embeddings(input_ids, token_type_ids)  # (B, T, H)
+        hidden_states, attentions = [hidden], []
+        for layer in self.layers:
+            hidden, weights = layer(hidden, mask, attend)  # (B, T, H), (B, N, T, T) or None
+            if output_hidden_states:
+                hidden_states.append(hidden)
+            if output_attentions:
+                attentions.append(weights)
+        return BertModelOutput(
+            last_hidden_state=hidden,
+            pooler_output=self.pooler(hidden) if self.pooler is not None else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path = "bert-base-uncased",
+        *,
+        attention: str = "sdpa",
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """The encoder with published weights, in eval mode.
+
+        Args:
+            name_or_path: a directory, a catalog name, or `org/name` on the hub.
+            attention: "sdpa" or "eager".
+            dtype: convert the weights; as stored if None.
+
+        The weights are memory-mapped: nothing is initialised or copied (unless converted).
+
+        Raises:
+            ModelNotFoundError: no such model on disk or on the hub.
+            CheckpointError: config.json or the weights cannot be used.
+        """
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}, it must be a floating-point type")
+        checkpoint = load_checkpoint(name_or_path)
+        try:
+            config = BertConfig.from_dict(checkpoint.config)
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.directory / 'config.json'}: {error}") from error
+        has_pooler = any(name.startswith("pooler.") for name in checkpoint.tensors)
+        with torch.device("meta"):  # shapes without memory
+            model = cls(config, attention=attention, add_pooling_layer=has_pooler)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        model.load_state_dict(checkpoint.tensors_for(shapes, dtype), assign=True)
+        return model.eval()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes config.json and model.safetensors with the published names, all or nothing.
+
+        Raises:
+            CheckpointError: the directory cannot be written.
+        """
+        save_checkpoint(directory, self.config.to_dict(), self.state_dict())
+
+    def _initialise(self, module: nn.Module) -> None:
+        """Normal weights, zero biases and zero padding vector, as published (initializer_range)."""
+        if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+            elif module.padding_idx is not None:
+                nn.init.zeros_(module.weight[module.padding_idx].detach())
+
+    def _check_inputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        output_attentions: bool,
+    ) -> None:
+        check_ids("input_ids", input_ids, self.config.vocab_size, "vocab_size")
+        if input_ids.dim() != 2 or input_ids.numel() == 0:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}, it must be (batch, tokens) and not empty"
+            )
+        if input_ids.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"input_ids is {input_ids.shape[1]} tokens long, this model has positions for "
+                f"{self.config.max_position_embeddings} (max_position_embeddings): truncate it"
+            )
+        if attention_mask is not None:
+            check_mask(attention_mask, input_ids.shape)
+        if token_type_ids is not None:
+            if self.embeddings.token_type is None:
+                raise ValueError("this model has no token types (type_vocab_size 0): leave token_type_ids out")
+            if token_type_ids.shape != input_ids.shape:
+                raise ValueError(
+                    f"token_type_ids has shape {tuple(token_type_ids.shape)}, "
+                    f"input_ids {tuple(input_ids.shape)}: they must be the same"
+                )
+            check_ids("token_type_ids", token_type_ids, self.config.type_vocab_size, "type_vocab_size")
+        if output_attentions and self.attention != "eager":
+            raise ValueError(
+                f'output_attentions needs attention="eager": {self.attention} never forms the weights'
+            )
+
+
+def check_ids(name: str, ids: Tensor, size: int, size_name: str) -> None:
+    """Raises TypeError or ValueError unless `ids` is an integer tensor of values in 0..size-1."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{name} is {kind}, it must be a tensor of int64 or int32")
+    outside = (ids < 0) | (ids >= size)
+    if outside.any():
+        where = tuple(outside.nonzero()[0].tolist())
+        raise ValueError(
+            f"{name}{list(where)} is {int(ids[where])}, it must be from 0 to {size - 1} ({size_name} {size})"
+        )
+
+
+def check_mask(attention_mask: Tensor, shape: torch.Size) -> None:
+    """Raises TypeError or ValueError unless the mask has this shape and holds only 0, 1 or booleans."""
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask is {type(attention_mask).__name__}, it must be a tensor")
+    if attention_mask.shape != shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(shape)}: "
+            "they must be the same"
+        )
+    other = (attention_mask != 0) & (attention_mask != 1)
+    if other.any():
+        where = tuple(other.nonzero()[0].tolist())
+        raise ValueError(
+            f"attention_mask{list(where)} is {attention_mask[where].item()}, it must be 1 for a token "
+            "and 0 for padding"
+        )

@@ -1,0 +1,62 @@
+"""The small files sentence-transformers keeps beside a checkpoint: how to pool and whether to normalise."""
+
+from pathlib import Path
+
+from weights import CheckpointError
+from weights.json_files import read_json, to_json
+
+
+def read_modules(directory: Path) -> tuple[str, bool]:
+    """(pooling, normalised?) as modules.json says; ("mean", False) where there is none.
+
+    Raises:
+        CheckpointError: damaged files, or steps that `SentenceEncoder` does not do.
+    """
+    path = directory / "modules.json"
+    if not path.is_file():
+        return "mean", False
+    folders = {}  # kind of module -> its folder
+    for module in read_json(path, list):
+        if not isinstance(module, dict):
+            raise CheckpointError(f"{path} lists {module!r}, which is not a module")
+        folders[str(module.get("type")).rpartition(".")[2]] = str(module.get("path", ""))
+    if unknown := folders.keys() - {"Transformer", "Pooling", "Normalize"}:
+        raise CheckpointError(f"{path} has modules that are not supported: {', '.join(sorted(unknown))}")
+    if folders.get("Transformer"):
+        raise CheckpointError(f"{path} keeps the encoder in {folders['Transformer']}/: give that directory")
+    pooling = _read_pooling(directory / folders["Pooling"] / "config.json") if "Pooling" in folders else "mean"
+    return pooling, "Normalize" in folders
+
+
+def _read_pooling(path: Path) -> str:
+    """Understands both spellings: `"pooling_mode": "mean"`, and a true `pooling_mode_mean_tokens`."""
+    settings = read_json(path)
+    modes = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value is True]
+    modes += [settings["pooling_mode"]] if "pooling_mode" in settings else []
+    known = {"mean": "mean", "pooling_mode_mean_tokens": "mean", "cls": "cls", "pooling_mode_cls_token": "cls"}
+    if len(modes) != 1 or modes[0] not in known:
+        raise CheckpointError(f"{path} asks for {modes} pooling, only mean or cls is supported")
+    return known[modes[0]]
+
+
+def module_files(pooling: str, normalize: bool, *, hidden_size: int, max_seq_length: int) -> dict[str, bytes]:
+    """The inverse of `read_modules`: file name -> contents."""
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling")] + [("Normalize", "2_Normalize")] * normalize
+    return {
+        "modules.json": to_json(
+            [
+                {"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{kind}"}
+                for i, (kind, folder) in enumerate(modules)
+            ]
+        ),
+        "sentence_bert_config.json": to_json({"max_seq_length": max_seq_length, "do_lower_case": False}),
+        "1_Pooling/config.json": to_json(
+            {
+                "word_embedding_dimension": hidden_size,
+                "pooling_mode_cls_token": pooling == "cls",
+                "pooling_mode_mean_tokens": pooling == "mean",
+                "pooling_mode_max_tokens": False,
+                "pooling_mode_mean_sqrt_len_tokens": False,
+            }
+        ),
+    }

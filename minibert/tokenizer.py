@@ -1,0 +1,223 @@
+"""WordPiece tokenizing, thin over the `tokenizers` library."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from weights import CheckpointError, read_config, resolve
+from weights.json_files import read_json, to_json
+
+if TYPE_CHECKING:
+    import tokenizers
+
+SPECIAL_TOKENS = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
+
+
+class Tokenizer:
+    """Text -> token ids (Devlin et al. 2018, section 3; WordPiece: Wu et al. 2016).
+
+    `backend` is the `tokenizers.Tokenizer`, `max_length` the most tokens a text may become,
+    [CLS] and [SEP] included, `token_types` whether the model wants `token_type_ids`.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, *, max_length: int = 512, token_types: bool = True
+    ) -> None:
+        pad_token_id = backend.token_to_id("[PAD]")
+        if pad_token_id is None:
+            raise ValueError("the vocabulary has no [PAD] token")
+        # A tokenizer.json may carry the padding and truncation of whoever saved it.
+        backend.no_padding()
+        backend.no_truncation()
+        self.backend = backend
+        self.pad_token_id = pad_token_id
+        self.max_length = max_length
+        self.token_types = token_types
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path = "bert-base-uncased") -> Self:
+        """From a model's tokenizer.json, or its vocab.txt and the `do_lower_case` beside it.
+
+        The limit is the model's own: the smallest of max_position_embeddings (config.json),
+        model_max_length (tokenizer_config.json) and max_seq_length (sentence_bert_config.json).
+
+        Raises:
+            ModelNotFoundError: no such model on disk or on the hub.
+            CheckpointError: no tokenizer files there, or damaged ones.
+        """
+        directory = resolve(name_or_path)
+        settings = _optional_json(directory / "tokenizer_config.json")
+        if (directory / "tokenizer.json").is_file():
+            backend = _from_tokenizer_json(directory / "tokenizer.json", settings)
+        elif (directory / "vocab.txt").is_file():
+            backend = _from_vocabulary(directory / "vocab.txt", settings)
+        else:
+            raise CheckpointError(f"{directory} has no tokenizer: neither tokenizer.json nor vocab.txt")
+        config = read_config(directory)
+        limits = (
+            config.get("max_position_embeddings", 512),
+            settings.get("model_max_length"),
+            _optional_json(directory / "sentence_bert_config.json").get("max_seq_length"),
+        )
+        return cls(
+            backend,
+            max_length=min(int(limit) for limit in limits if limit),
+            token_types=config.get("type_vocab_size", 2) > 0,
+        )
+
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        text_pairs: str | Sequence[str] | None = None,
+        *,
+        max_length: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Tokenizes a batch, padded on the right to its longest; `model(**tokenizer(texts))` works.
+
+        Args:
+            texts: one text or several; an empty text is just [CLS] [SEP].
+            text_pairs: a second text for each, of token type 1.
+            max_length: cut to this many tokens instead of the model's limit; of a pair, the longer
+                text is cut first. Cutting warns, once per call.
+
+        Returns:
+            `input_ids`, `attention_mask` and, if the model has them, `token_type_ids`: (B, T) int64.
+
+        Raises:
+            TypeError: not a string (which one is named).
+            ValueError: nothing to tokenize, a lone surrogate, unequal numbers of texts and pairs.
+        """
+        firsts = [texts] if isinstance(texts, str) else list(texts)
+        if not firsts:
+            raise ValueError("no texts to tokenize: the batch is empty")
+        seconds = [text_pairs] if isinstance(text_pairs, str) else text_pairs
+        rows = self._encode(firsts, None if seconds is None else list(seconds), max_length)
+        batch = {
+            "input_ids": pad([row.ids for row in rows], self.pad_token_id),
+            "attention_mask": pad([row.attention_mask for row in rows], 0),
+        }
+        if self.token_types:
+            batch["token_type_ids"] = pad([row.type_ids for row in rows], 0)
+        return batch
+
+    def token_ids(self, texts: Sequence[str], *, max_length: int | None = None) -> list[list[int]]:
+        """The ids of each text, cut but not padded. Raises as `__call__`, but takes an empty list."""
+        return [row.ids for row in self._encode(list(texts), None, max_length)]
+
+    def _encode(
+        self, texts: list[str], pairs: list[str] | None, max_length: int | None
+    ) -> list[tokenizers.Encoding]:
+        check_texts(texts)
+        inputs: list[Any] = texts
+        if pairs is not None:
+            check_texts(pairs)
+            if len(pairs) != len(texts):
+                raise ValueError(f"{len(texts)} texts but {len(pairs)} text_pairs: there must be as many")
+            inputs = list(zip(texts, pairs, strict=True))
+        limit = self.max_length if max_length is None else max_length
+        special = self.backend.num_special_tokens_to_add(pairs is not None)
+        if limit < special:
+            raise ValueError(f"max_length is {limit}, but the special tokens alone are {special}")
+        self.backend.enable_truncation(limit)
+        try:
+            rows = self.backend.encode_batch_fast(inputs)
+        finally:
+            self.backend.no_truncation()
+        if cut := sum(bool(row.overflowing) for row in rows):
+            were = "text was" if cut == 1 else "texts were"
+            warnings.warn(f"{cut} of {len(rows)} {were} cut to {limit} tokens", stacklevel=3)
+        return rows
+
+    def files(self) -> dict[str, bytes]:
+        """tokenizer.json and tokenizer_config.json as transformers reads them, by name."""
+        normalizer = json.loads(self.backend.to_str()).get("normalizer") or {}
+        settings = {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": normalizer.get("lowercase", True),
+            "strip_accents": normalizer.get("strip_accents"),
+            "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
+            "model_max_length": self.max_length,
+            **{f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS},
+        }
+        return {
+            "tokenizer.json": self.backend.to_str(pretty=True).encode(),
+            "tokenizer_config.json": to_json(settings),
+        }
+
+
+def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Rows of unequal length -> (B, T) int64, filled up with `value` on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+
+
+def check_texts(texts: Sequence[object]) -> None:
+    """Raises TypeError or ValueError, naming the index, unless every item is valid Unicode text."""
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"text {index} is {type(text).__name__} ({text!r:.60}), it must be a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text {index} is not valid Unicode: character {error.start} is a lone surrogate "
+                f"({text[error.start]!a})"
+            ) from error
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _from_tokenizer_json(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointError(f"{path} is not a tokenizer this can read: {error}") from error
+    # tokenizer_config.json wins over the normalizer inside, as in transformers.
+    states = {
+        "lowercase": settings.get("do_lower_case"),
+        "strip_accents": settings.get("strip_accents"),
+        "handle_chinese_chars": settings.get("tokenize_chinese_chars"),
+    }
+    for name, value in states.items():
+        if value is not None and hasattr(backend.normalizer, name):
+            setattr(backend.normalizer, name, value)
+    return backend
+
+
+def _from_vocabulary(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    vocabulary = {token.removesuffix("\r"): index for index, token in enumerate(lines)}
+    if missing := [token for token in SPECIAL_TOKENS if token not in vocabulary]:
+        raise CheckpointError(f"{path} lacks the tokens {', '.join(missing)}: it is not BERT's vocabulary")
+    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(
+        lowercase=settings.get("do_lower_case", True),
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
+    )
+    backend.decoder = decoders.WordPiece()
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    return backend

@@ -1,0 +1,193 @@
+"""A checkpoint directory <-> config and tensors under our names."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weights.hub import resolve
+from weights.json_files import CheckpointError, read_json, to_json
+from weights.key_maps import FAMILIES, Family, is_ignored
+from weights.safetensors_files import read_tensors, write_directory
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint directory holds.
+
+    `config` has BERT's published field names whatever the family, and always a `model_type`.
+    `tensors` has our names. `published` gives the key a tensor had in the file. `problems` are
+    those found while reading the keys; `tensors_for` reports them together with the rest.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    published: dict[str, str]
+    problems: list[str] = field(default_factory=list)
+
+    def tensors_for(
+        self, shapes: Mapping[str, torch.Size], dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors a model with parameters of these shapes needs, checked, in `dtype` or as stored.
+
+        A pooler in the file that the model does not have is left out.
+
+        Raises:
+            CheckpointError: one error that lists every missing, unexpected, doubled or mis-shaped
+                tensor and every dtype that does not fit.
+        """
+        family = FAMILIES[self.config["model_type"]]
+        found = {key: t for key, t in self.tensors.items() if key in shapes}
+        missing = [family.to_published(key) for key in shapes if key not in found]
+        extra = [
+            self.published[key] for key in self.tensors if key not in shapes and not key.startswith("pooler.")
+        ]
+        wrong_shape = [
+            f"{self.published[key]} is {tuple(t.shape)} and not {tuple(shapes[key])}"
+            for key, t in found.items()
+            if t.shape != shapes[key]
+        ]
+        problems = [*self.problems]
+        if missing:
+            problems.append(f"missing {', '.join(collapse_layers(missing))}")
+        if extra:
+            problems.append(f"unexpected {', '.join(collapse_layers(extra))}")
+        if wrong_shape:
+            problems.append(f"other shapes than config.json says, {', '.join(collapse_layers(wrong_shape))}")
+        problems += _dtype_problems({self.published[k]: t.dtype for k, t in found.items()}, dtype)
+        if problems:
+            raise CheckpointError(f"{self.directory}: the weights do not fit: {'; '.join(problems)}")
+        return {key: t if dtype is None else t.to(dtype) for key, t in found.items()}
+
+
+def _dtype_problems(stored: Mapping[str, torch.dtype], wanted: torch.dtype | None) -> list[str]:
+    problems = [
+        f"{key} is stored as {dtype}, which is not floating point"
+        for key, dtype in stored.items()
+        if not dtype.is_floating_point
+    ]
+    kinds = Counter(dtype for dtype in stored.values() if dtype.is_floating_point)
+    if len(kinds) > 1 and wanted is None:
+        counts = ", ".join(f"{count} {dtype}" for dtype, count in kinds.most_common())
+        problems.append(f"the tensors are stored in several dtypes ({counts}), choose one with dtype=")
+    return problems
+
+
+def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
+    """Resolves a name or directory (see `weights.resolve`) and reads its config and tensors.
+
+    The tensors are memory-mapped, not copied.
+
+    Raises:
+        ModelNotFoundError: no such model on disk or on the hub.
+        CheckpointError: config.json or the weights cannot be used.
+    """
+    directory = resolve(name_or_path)
+    config = read_config(directory)
+    published_tensors = read_tensors(directory)
+    family = FAMILIES[config["model_type"]]
+    tensors: dict[str, Tensor] = {}
+    published: dict[str, str] = {}
+    unknown, problems = [], []
+    for key, tensor in published_tensors.items():
+        if is_ignored(key):
+            continue
+        ours = family.to_ours(key)
+        if ours is None:
+            unknown.append(key)
+        elif ours in tensors:
+            problems.append(f"{key} and {published[ours]} both name the same parameter")
+        else:
+            tensors[ours], published[ours] = tensor, key
+    if unknown:
+        problems.append(f"unknown {', '.join(collapse_layers(unknown))}")
+    return Checkpoint(directory, config, tensors, published, problems)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json in BERT's field names, with its `model_type`.
+
+    Raises:
+        CheckpointError: no config.json, or one of another model type.
+    """
+    published = read_json(directory / "config.json")
+    model_type = published.setdefault("model_type", "bert")  # the oldest BERT files do not say
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise CheckpointError(
+            f"{directory / 'config.json'} says model_type {model_type!r}: "
+            f"only {' and '.join(map(repr, FAMILIES))} are supported"
+        )
+    return FAMILIES[model_type].config_to_bert(published)
+
+
+def save_checkpoint(
+    directory: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    other_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Writes config.json and model.safetensors as published (and `other_files`), all or nothing.
+
+    `config` has BERT's field names and a `model_type`; `tensors` have our names.
+
+    Raises:
+        CheckpointError: the directory cannot be written.
+    """
+    family: Family = FAMILIES[config["model_type"]]
+    dtype = next(iter(tensors.values())).dtype
+    written = {
+        "architectures": [family.architecture],
+        **family.config_to_published(config),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    write_directory(
+        Path(directory),
+        {
+            "model.safetensors": {family.to_published(key): t for key, t in tensors.items()},
+            "config.json": to_json(written),
+            **(other_files or {}),
+        },
+    )
+
+
+def collapse_layers(lines: Iterable[str]) -> list[str]:
+    """`encoder.layer.0.x`, `encoder.layer.1.x`, ... -> `encoder.layer.0-1.x`; whole layers as one.
+
+    Works on anything that begins with a published key, so also on sentences about one.
+    """
+    layers: dict[str, list[int]] = defaultdict(list)  # "encoder.layer.{}.x" -> its layer numbers
+    for line in lines:
+        before, marker, after = line.partition(".layer.")
+        number, dot, rest = after.partition(".")
+        if marker and dot and number.isdigit():
+            layers[f"{before}.layer.{{}}.{rest}"].append(int(number))
+        else:
+            layers[line] = []
+    same_layers: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for template, numbers in layers.items():
+        same_layers[tuple(sorted(numbers))].append(template)
+    collapsed = []
+    for numbers_key, templates in same_layers.items():
+        span = _ranges(numbers_key)
+        if numbers_key and len(templates) > 4:
+            stem = templates[0].partition("{}")[0]
+            collapsed.append(f"{stem}{span}.* ({len(templates)} tensors each)")
+        else:
+            collapsed += [template.replace("{}", span) for template in templates]
+    return collapsed
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """0, 1, 2, 5 -> "0-2,5"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1] = [spans[-1][0], number]
+        else:
+            spans.append([number, number])
+    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in spans)

