@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 
-class MLPHead(nn.Sequential):
+class MLPHead(nn.Module):
     """Linear, ReLU, Linear: a sentence vector -> a score per class.
 
     The system's task A (sentence classification) is `MLPHead(768, 256, 3)`, task B (sentiment)
@@ -11,8 +11,10 @@ class MLPHead(nn.Sequential):
     """
 
     def __init__(self, hidden: int, width: int, classes: int) -> None:
-        super().__init__(nn.Linear(hidden, width), nn.ReLU(), nn.Linear(width, classes))
+        super().__init__()
+        self.hidden = nn.Linear(hidden, width)
+        self.out = nn.Linear(width, classes)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(B, H) -> (B, classes) logits."""
-        return super().forward(embeddings)  # type: ignore[no-any-return]
+        return self.out(self.hidden(embeddings).relu())  # type: ignore[no-any-return]

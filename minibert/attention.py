@@ -74,4 +74,4 @@ class SelfAttention(nn.Module):
 
     def split_heads(self, hidden: Tensor) -> Tensor:
         """(B, T, H) -> (B, N, T, D)."""
-        return hidden.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        return hidden.view(*hidden.shape[:-1], -1, self.head_size).transpose(1, 2)

