@@ -42,11 +42,10 @@ class BertConfig:
     pad_token_id: int | None = 0
 
     def __post_init__(self) -> None:
-        smallest = {"num_hidden_layers": 0, "type_vocab_size": 0}
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < smallest.get(field.name, 1)):
-                least = smallest.get(field.name, 1)
+            least = 0 if field.name == "type_vocab_size" else 1
+            if field.type is int and (type(value) is not int or value < least):
                 raise ValueError(f"{field.name} is {value!r}, it must be an integer from {least} up")
             if field.type is float and (type(value) not in (int, float) or not 0 <= value < 1):
                 raise ValueError(f"{field.name} is {value!r}, it must be a number from 0 up to 1")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minibert.config import BertConfig
 from minibert.model import BertModel
 from weights import resolve
 
@@ -81,36 +82,34 @@ def differences(ours: Any, reference: Any) -> list[Difference]:
     return found
 
 
-def random_inputs(
-    vocab_size: int, type_vocab_size: int, longest: int, seed: int = 0
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def random_inputs(config: BertConfig, seed: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Named batches that differ in shape, mask and token types: (name, arguments of the forward pass)."""
     generator = torch.Generator().manual_seed(seed)
-
-    def batch(size: int, length: int) -> dict[str, Tensor]:
-        inputs = {"input_ids": torch.randint(vocab_size, (size, length), generator=generator)}
-        if type_vocab_size:
-            inputs["token_type_ids"] = torch.randint(type_vocab_size, (size, length), generator=generator)
-        return inputs
-
+    longest = config.max_position_embeddings
     short = min(13, longest)
-    lengths = torch.randint(1, short + 1, (3, 1), generator=generator)  # (3, 1)
-    lengths[0] = short
+    lengths = torch.randint(1, short, (3, 1), generator=generator)  # (3, 1)
     places = torch.arange(short)  # (T,)
-    holes = torch.rand(3, short, generator=generator) < 0.6
-    holes[:, 0] = True
-    masks = {
-        "no mask": None,
-        "all ones": torch.ones(3, short, dtype=torch.int64),
-        "right-padded": (places < lengths).long(),
-        "left-padded": (places >= short - lengths).long(),
-        "random holes": holes.long(),
-    }
-    for name, mask in masks.items():
-        yield name, batch(3, short) | ({} if mask is None else {"attention_mask": mask})
-    yield "batch of 1", batch(1, short)
-    yield "1 token", batch(3, 1)
-    yield "full length", batch(2, longest)
+    holes = torch.rand(3, short, generator=generator) < 0.6  # (3, T)
+    cases: list[tuple[str, tuple[int, int], Tensor | None]] = [
+        ("no mask", (3, short), None),
+        ("all ones", (3, short), torch.ones(3, short, dtype=torch.int64)),
+        ("right-padded", (3, short), (places < lengths).long()),
+        ("left-padded", (3, short), (places >= short - lengths).long()),
+        ("random holes", (3, short), holes),
+        ("nothing but holes", (2, short), torch.zeros(2, short, dtype=torch.int64)),
+        ("batch of 1", (1, short), None),
+        ("1 token", (3, 1), None),
+        ("1 token alone", (1, 1), None),
+        ("full length", (2, longest), None),
+    ]
+    for name, shape, mask in cases:
+        inputs = {"input_ids": torch.randint(config.vocab_size, shape, generator=generator)}
+        if mask is not None:
+            inputs["attention_mask"] = mask
+        yield name, inputs
+        if config.type_vocab_size > 1:
+            types = torch.randint(config.type_vocab_size, shape, generator=generator)
+            yield f"{name}, mixed token types", {**inputs, "token_type_ids": types}
 
 
 def run(name_or_path: str) -> int:
@@ -128,15 +127,12 @@ def run(name_or_path: str) -> int:
     for attention in ("eager", "sdpa"):
         ours = BertModel.from_pretrained(directory, attention=attention)
         reference = AutoModel.from_pretrained(directory, attn_implementation=attention, dtype="auto").eval()
-        config = ours.config
-        for name, inputs in random_inputs(
-            config.vocab_size, config.type_vocab_size, config.max_position_embeddings
-        ):
-            asked = {"output_hidden_states": True, "output_attentions": attention == "eager"}
+        asked = {"output_hidden_states": True, "output_attentions": attention == "eager"}
+        for name, inputs in random_inputs(ours.config):
             with torch.no_grad():
                 found = differences(ours(**inputs, **asked), reference(**inputs, **asked))
             first = next((d for d in found if d.ulps), None)
             all_equal &= first is None
             verdict = f"{len(found)} tensors, all bits equal" if first is None else f"first {first}"
-            print(f"{attention:5}  {name:12}  {verdict}")
+            print(f"{attention:5}  {name:36}  {verdict}")
     return 0 if all_equal else 1

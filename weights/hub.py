@@ -176,14 +176,14 @@ def _not_found(name: str, error: Exception) -> ModelNotFoundError:
 
 
 def _reason(error: Exception) -> str:
-    from huggingface_hub.errors import OfflineModeIsEnabled, RemoteEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub import errors
 
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
-    if isinstance(error, RemoteEntryNotFoundError):
-        return "its repository there lacks a needed file"
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         return "it says there is no such repository, or none that HF_TOKEN may read"
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return "its repository there lacks a needed file"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 

@@ -1,0 +1,54 @@
+"""Models the tests share. Nothing here or in the tests reaches a network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from weights import resolve
+
+MINILM = "all-MiniLM-L6-v2"
+
+# Odd sizes: two axes that are swapped by mistake cannot go unnoticed.
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 36,
+    "num_attention_heads": 3,
+    "num_hidden_layers": 2,
+    "intermediate_size": 37,
+    "max_position_embeddings": 19,
+    "type_vocab_size": 3,
+}
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    return resolve(MINILM)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT of odd sizes, made and written by transformers."""
+    return save_random_bert(tmp_path_factory.mktemp("tiny"), **TINY)
+
+
+def save_random_bert(directory: Path, **fields: Any) -> Path:
+    from transformers import BertConfig, BertModel
+
+    return save_random(BertModel, BertConfig(**fields), directory)
+
+
+def save_random(architecture: Any, config: Any, directory: Path, seed: int = 0) -> Path:
+    """Weights large enough that every piece matters: the published 0.02 would hide mistakes."""
+    torch.manual_seed(seed)
+    model = architecture(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(directory)
+    return directory
