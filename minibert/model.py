@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from minibert.attention import ATTENTION_FUNCTIONS, expand_mask
 from minibert.config import BertConfig
 from minibert.embeddings import Embeddings
+from minibert.inputs import check_inputs
 from minibert.layers import EncoderLayer, Pooler
 from weights import CheckpointError, load_checkpoint, save_checkpoint
 
@@ -71,7 +72,11 @@ class BertModel(nn.Module):
             TypeError: an argument is not a tensor of the right kind.
             ValueError: an argument has a wrong shape or value; the message says which and where.
         """
-        self._check_inputs(input_ids, attention_mask, token_type_ids, output_attentions)
+        check_inputs(self.config, input_ids, attention_mask, token_type_ids)
+        if output_attentions and self.attention != "eager":
+            raise ValueError(
+                f'output_attentions needs attention="eager": {self.attention} never forms the weights'
+            )
         attend = ATTENTION_FUNCTIONS[self.attention]
         mask = expand_mask(attention_mask)  # (B, 1, T, T) or None
         hidden = self.embeddings(input_ids, token_type_ids)  # (B, T, H)
@@ -140,67 +145,3 @@ class BertModel(nn.Module):
                 nn.init.zeros_(module.bias)
             elif module.padding_idx is not None:
                 nn.init.zeros_(module.weight[module.padding_idx].detach())
-
-    def _check_inputs(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        output_attentions: bool,
-    ) -> None:
-        check_ids("input_ids", input_ids, self.config.vocab_size, "vocab_size")
-        if input_ids.dim() != 2 or input_ids.numel() == 0:
-            raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}, it must be (batch, tokens) and not empty"
-            )
-        if input_ids.shape[1] > self.config.max_position_embeddings:
-            raise ValueError(
-                f"input_ids is {input_ids.shape[1]} tokens long, this model has positions for "
-                f"{self.config.max_position_embeddings} (max_position_embeddings): truncate it"
-            )
-        if attention_mask is not None:
-            check_mask(attention_mask, input_ids.shape)
-        if token_type_ids is not None:
-            if self.embeddings.token_type is None:
-                raise ValueError("this model has no token types (type_vocab_size 0): leave token_type_ids out")
-            if token_type_ids.shape != input_ids.shape:
-                raise ValueError(
-                    f"token_type_ids has shape {tuple(token_type_ids.shape)}, "
-                    f"input_ids {tuple(input_ids.shape)}: they must be the same"
-                )
-            check_ids("token_type_ids", token_type_ids, self.config.type_vocab_size, "type_vocab_size")
-        if output_attentions and self.attention != "eager":
-            raise ValueError(
-                f'output_attentions needs attention="eager": {self.attention} never forms the weights'
-            )
-
-
-def check_ids(name: str, ids: Tensor, size: int, size_name: str) -> None:
-    """Raises TypeError or ValueError unless `ids` is an integer tensor of values in 0..size-1."""
-    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
-        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"{name} is {kind}, it must be a tensor of int64 or int32")
-    outside = (ids < 0) | (ids >= size)
-    if outside.any():
-        where = tuple(outside.nonzero()[0].tolist())
-        raise ValueError(
-            f"{name}{list(where)} is {int(ids[where])}, it must be from 0 to {size - 1} ({size_name} {size})"
-        )
-
-
-def check_mask(attention_mask: Tensor, shape: torch.Size) -> None:
-    """Raises TypeError or ValueError unless the mask has this shape and holds only 0, 1 or booleans."""
-    if not isinstance(attention_mask, Tensor):
-        raise TypeError(f"attention_mask is {type(attention_mask).__name__}, it must be a tensor")
-    if attention_mask.shape != shape:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(shape)}: "
-            "they must be the same"
-        )
-    other = (attention_mask != 0) & (attention_mask != 1)
-    if other.any():
-        where = tuple(other.nonzero()[0].tolist())
-        raise ValueError(
-            f"attention_mask{list(where)} is {attention_mask[where].item()}, it must be 1 for a token "
-            "and 0 for padding"
-        )

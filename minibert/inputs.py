@@ -1,0 +1,61 @@
+"""What the encoder refuses, each in one sentence."""
+
+import torch
+from torch import Tensor
+
+from minibert.config import BertConfig
+
+
+def check_inputs(
+    config: BertConfig, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+) -> None:
+    """Raises TypeError or ValueError, saying what and where, unless a model can encode these."""
+    _check_integers("input_ids", input_ids)
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}, it must be (batch, tokens) and not empty"
+        )
+    _check_range("input_ids", input_ids, config.vocab_size, "vocab_size")
+    if input_ids.shape[1] > config.max_position_embeddings:
+        raise ValueError(
+            f"input_ids is {input_ids.shape[1]} tokens long, this model has positions for "
+            f"{config.max_position_embeddings} (max_position_embeddings): truncate it"
+        )
+    if attention_mask is not None:
+        _check_mask(attention_mask, input_ids.shape)
+    if token_type_ids is not None:
+        if config.type_vocab_size == 0:
+            raise ValueError("this model has no token types (type_vocab_size 0): leave token_type_ids out")
+        _check_integers("token_type_ids", token_type_ids)
+        _check_shape("token_type_ids", token_type_ids, input_ids.shape)
+        _check_range("token_type_ids", token_type_ids, config.type_vocab_size, "type_vocab_size")
+
+
+def _check_integers(name: str, ids: Tensor) -> None:
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{name} is {kind}, it must be a tensor of int64 or int32")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, input_ids {tuple(shape)}: they must be the same"
+        )
+
+
+def _check_range(name: str, ids: Tensor, size: int, size_name: str) -> None:
+    _check_none(name, ids, (ids < 0) | (ids >= size), f"from 0 to {size - 1} ({size_name} {size})")
+
+
+def _check_mask(mask: Tensor, shape: torch.Size) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask is {type(mask).__name__}, it must be a tensor")
+    _check_shape("attention_mask", mask, shape)
+    _check_none("attention_mask", mask, (mask != 0) & (mask != 1), "1 for a token and 0 for padding")
+
+
+def _check_none(name: str, tensor: Tensor, wrong: Tensor, expected: str) -> None:
+    if wrong.any():
+        where = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(f"{name}{list(where)} is {tensor[where].item()}, it must be {expected}")

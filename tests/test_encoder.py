@@ -1,0 +1,205 @@
+"""The encoder without transformers: PyTorch's own layer as oracle, behaviour, and every bad input."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from minibert import BertConfig, BertModel, cls_pooling, mean_pooling
+from minibert.attention import expand_mask, sdpa_attention
+from minibert.config import HIDDEN_ACTS
+from minibert.layers import ACTIVATIONS, EncoderLayer
+from tests.conftest import TINY
+
+CONFIG = BertConfig(**TINY)  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=["eager", "sdpa"])
+def model(request: pytest.FixtureRequest) -> BertModel:
+    torch.manual_seed(0)
+    return BertModel(CONFIG, attention=request.param).eval()
+
+
+def random_ids(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(CONFIG.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_layer_equals_pytorchs_own() -> None:
+    torch.manual_seed(0)
+    ours = EncoderLayer(CONFIG).double().eval()
+    theirs = nn.TransformerEncoderLayer(
+        CONFIG.hidden_size, CONFIG.num_attention_heads, CONFIG.intermediate_size,
+        activation="gelu", layer_norm_eps=CONFIG.layer_norm_eps, batch_first=True, dtype=torch.float64,
+    ).eval()  # fmt: skip
+    qkv = (ours.attention.query, ours.attention.key, ours.attention.value)
+    with torch.no_grad():
+        theirs.self_attn.in_proj_weight.copy_(torch.cat([linear.weight for linear in qkv]))
+        theirs.self_attn.in_proj_bias.copy_(torch.cat([linear.bias for linear in qkv]))
+    pairs: list[tuple[nn.Module, nn.Module]] = [
+        (theirs.self_attn.out_proj, ours.attention.output),
+        (theirs.norm1, ours.attention_norm),
+        (theirs.linear1, ours.feed_forward.up),
+        (theirs.linear2, ours.feed_forward.down),
+        (theirs.norm2, ours.feed_forward_norm),
+    ]
+    for target, source in pairs:
+        target.load_state_dict(source.state_dict())
+    hidden = torch.randn(3, 13, 36, dtype=torch.float64)
+    mask = torch.rand(3, 13) < 0.7
+    mask[:, 0] = True
+    expected = theirs(hidden, src_key_padding_mask=~mask)
+    output, _ = ours(hidden, expand_mask(mask), sdpa_attention)
+    torch.testing.assert_close(output[mask], expected[mask], rtol=1e-12, atol=1e-12)
+
+
+def test_padding_does_not_change_the_tokens(model: BertModel) -> None:
+    model.double()
+    ids = random_ids(2, 7)
+    padded = torch.cat([ids, random_ids(2, 6, seed=1)], dim=1)
+    mask = torch.tensor([[1] * 7 + [0] * 6] * 2)
+    alone, among = model(ids).last_hidden_state, model(padded, mask).last_hidden_state
+    torch.testing.assert_close(among[:, :7], alone, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_row_without_tokens_is_finite_and_pools_to_zero(model: BertModel, dtype: torch.dtype) -> None:
+    model.to(dtype)
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]])
+    hidden = model(random_ids(2, 4), mask).last_hidden_state
+    assert hidden.isfinite().all()
+    pooled = mean_pooling(hidden, mask)
+    assert (pooled[1] == 0).all()
+    assert (pooled[0] != 0).any()
+
+
+def test_poolings_by_formula() -> None:
+    hidden = torch.randn(3, 5, 7, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 0, 1], [1, 0, 0, 0, 0]])
+    expected = torch.stack([hidden[0].mean(0), (hidden[1, 2] + hidden[1, 4]) / 2, hidden[2, 0]])
+    torch.testing.assert_close(mean_pooling(hidden, mask), expected)
+    assert torch.equal(cls_pooling(hidden, mask), torch.stack([hidden[0, 0], hidden[1, 2], hidden[2, 0]]))
+    assert mean_pooling(hidden.bfloat16(), mask).dtype == torch.float32
+    assert cls_pooling(hidden.bfloat16(), mask).dtype == torch.float32
+
+
+def test_outputs_asked_for_and_not(model: BertModel) -> None:
+    plain = model(random_ids(3, 13))
+    assert plain.hidden_states is None
+    assert plain.attentions is None
+    assert plain.last_hidden_state.shape == (3, 13, 36)
+    assert plain.pooler_output.shape == (3, 36)
+    full = model(random_ids(3, 13), output_hidden_states=True)
+    assert [h.shape for h in full.hidden_states] == [(3, 13, 36)] * 3
+    assert full.hidden_states[-1] is full.last_hidden_state
+
+
+def test_attention_maps_are_distributions_over_the_tokens() -> None:
+    model = BertModel(CONFIG, attention="eager").eval()
+    mask = torch.tensor([[1] * 9 + [0] * 4, [1] * 13])
+    maps = model(random_ids(2, 13), mask, output_attentions=True).attentions
+    assert [m.shape for m in maps] == [(2, 3, 13, 13)] * 2
+    torch.testing.assert_close(maps[0].sum(-1), torch.ones(2, 3, 13))
+    assert (maps[0][0, :, :, 9:] == 0).all()
+
+
+def test_fresh_weights_are_berts() -> None:
+    model = BertModel(BertConfig(vocab_size=997, hidden_size=60, num_attention_heads=5, num_hidden_layers=1))
+    words = model.embeddings.word.weight
+    assert (words[0] == 0).all()
+    assert 0.019 < words[1:].std() < 0.021
+    assert 0.019 < model.layers[0].feed_forward.up.weight.std() < 0.021  # type: ignore[union-attr, operator]
+    assert all((p == 0).all() for n, p in model.named_parameters() if n.endswith("bias"))
+    assert all((p == 1).all() for n, p in model.named_parameters() if n.endswith("norm.weight"))
+
+
+def test_model_can_be_copied_and_moved(model: BertModel) -> None:
+    twin = copy.deepcopy(model)
+    ids = random_ids(2, 5)
+    assert torch.equal(twin(ids).last_hidden_state, model(ids).last_hidden_state)
+    assert model.double()(ids).last_hidden_state.dtype == torch.float64
+
+
+def test_every_supported_activation_is_there() -> None:
+    assert tuple(ACTIVATIONS) == HIDDEN_ACTS
+
+
+IDS = random_ids(2, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"input_ids": [[1, 2]]}, TypeError, "input_ids is list, it must be a tensor of int64 or int32"),
+        ({"input_ids": torch.ones(2, 5)}, TypeError, "input_ids is torch.float32, it must be a tensor of int64"),
+        ({"input_ids": IDS[0]}, ValueError, "input_ids has shape (5,), it must be (batch, tokens)"),
+        ({"input_ids": IDS[:0]}, ValueError, "input_ids has shape (0, 5), it must be (batch, tokens) and not empty"),
+        ({"input_ids": IDS[:, :0]}, ValueError, "input_ids has shape (2, 0)"),
+        ({"input_ids": torch.tensor([[1, 2], [3, 97]])}, ValueError, "input_ids[1, 1] is 97, it must be from 0 to 96"),
+        ({"input_ids": torch.tensor([[1, -1]])}, ValueError, "input_ids[0, 1] is -1"),
+        ({"input_ids": random_ids(1, 20)}, ValueError, "input_ids is 20 tokens long, this model has positions for 19"),
+        ({"attention_mask": torch.ones(2, 4)}, ValueError, "attention_mask has shape (2, 4), input_ids (2, 5)"),
+        ({"attention_mask": torch.ones(2, 1, 1, 5)}, ValueError, "attention_mask has shape (2, 1, 1, 5)"),
+        ({"attention_mask": torch.full((2, 5), 2)}, ValueError, "attention_mask[0, 0] is 2, it must be 1 for a token"),
+        ({"attention_mask": torch.full((2, 5), -1e4)}, ValueError, "attention_mask[0, 0] is -10000.0"),
+        ({"attention_mask": torch.full((2, 5), torch.nan)}, ValueError, "attention_mask[0, 0] is nan"),
+        ({"attention_mask": [[1] * 5] * 2}, TypeError, "attention_mask is list"),
+        ({"token_type_ids": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, "token_type_ids has shape (2, 4)"),
+        ({"token_type_ids": torch.full((2, 5), 3)}, ValueError, "token_type_ids[0, 0] is 3, it must be from 0 to 2"),
+        ({"token_type_ids": [[0] * 5] * 2}, TypeError, "token_type_ids is list"),
+    ],
+)  # fmt: skip
+def test_bad_inputs(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = BertModel(CONFIG)
+    with pytest.raises(error) as caught:
+        model(**{"input_ids": IDS, **arguments})
+    assert message in str(caught.value)
+
+
+def test_attention_weights_of_sdpa_are_refused() -> None:
+    with pytest.raises(ValueError, match='output_attentions needs attention="eager"'):
+        BertModel(CONFIG)(IDS, output_attentions=True)
+    with pytest.raises(ValueError, match="attention is 'flash', it must be eager or sdpa"):
+        BertModel(CONFIG, attention="flash")
+
+
+def test_model_without_token_types_refuses_them() -> None:
+    model = BertModel(BertConfig(**(TINY | {"type_vocab_size": 0})))  # type: ignore[arg-type]
+    assert model(IDS).last_hidden_state.shape == (2, 5, 36)
+    with pytest.raises(ValueError, match="has no token types"):
+        model(IDS, token_type_ids=torch.zeros_like(IDS))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported, only gelu, relu, gelu_new, silu"),
+        ({"num_attention_heads": 5}, "hidden_size 768 cannot be split into 5 equal heads"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, it must be an integer from 1 up"),
+        ({"vocab_size": "many"}, "vocab_size is 'many', it must be an integer from 1 up"),
+        ({"vocab_size": True}, "vocab_size is True"),
+        ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob is 1.5, it must be a number from 0 up to 1"),
+        ({"pad_token_id": 30522}, "pad_token_id 30522 is not in the vocabulary"),
+        (
+            {"position_embedding_type": "relative_key"},
+            "position_embedding_type 'relative_key' is not supported",
+        ),
+        ({"is_decoder": True}, "is_decoder True is not supported, only False"),
+        ({"add_cross_attention": True}, "add_cross_attention True is not supported"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads {'0': [1]} is not supported"),
+        ({"model_type": "roberta"}, "model_type 'roberta' is not supported"),
+        ({"model_type": "distilbert"}, "a distilbert has type_vocab_size 0"),
+    ],
+)
+def test_bad_configs(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        BertConfig.from_dict(fields)
+    assert message in str(caught.value)
+
+
+def test_config_round_trip(tmp_path: Path) -> None:
+    assert BertConfig.from_dict(CONFIG.to_dict()) == CONFIG
+    assert BertConfig.from_dict({"use_cache": True, "position_embedding_type": "absolute"}) == BertConfig()
+    assert BertConfig().head_size == 64
