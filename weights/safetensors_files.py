@@ -122,7 +122,7 @@ def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Te
                 for name in files:
                     (directory / name).parent.mkdir(parents=True, exist_ok=True)
                     (fresh / name).replace(directory / name)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk comes as the latter
         raise CheckpointError(f"{directory} cannot be written: {error}") from error
 
 

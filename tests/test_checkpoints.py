@@ -1,0 +1,414 @@
+"""Reading and writing checkpoints: layouts, names, memory, and everything that can be wrong with one."""
+
+import json
+import resource
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minibert import BertModel
+from tests.conftest import TINY, save_random, save_random_bert
+from weights import CheckpointError, load_checkpoint
+from weights.checkpoint import collapse_layers
+from weights.convert import convert
+from weights.key_maps import FAMILIES
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may spoil."""
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+def weights_of(directory: Path) -> dict[str, Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> Path:
+    tensors = {key: t.clone() for key, t in weights_of(directory).items()}
+    save_file(dict(change(tensors)), directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def set_config(directory: Path, **fields: Any) -> Path:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return directory
+
+
+def assert_same_weights(a: BertModel, b: BertModel) -> None:
+    first, second = a.state_dict(), b.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- names and layouts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_key_table_is_reversible(family: str) -> None:
+    table = FAMILIES[family]
+    assert len(set(table.modules.values())) == len(table.modules)
+    for ours in table.modules:
+        key = f"{ours.format(11)}.weight"
+        assert table.to_ours(table.to_published(key)) == key
+        assert table.to_ours(table.prefix + table.to_published(key)) == key
+    assert table.to_ours("encoder.layer.0.attention.self.query.scale") is None
+    assert table.to_ours("something.else.weight") is None
+
+
+def test_legacy_names_heads_and_position_ids(copy: Path, tiny: Path) -> None:
+    def as_first_published(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        legacy = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        renamed = {}
+        for key, tensor in tensors.items():
+            for new, old in legacy.items():
+                key = key.replace(new, old)
+            renamed[f"bert.{key}"] = tensor
+        renamed["bert.embeddings.position_ids"] = torch.arange(19)[None]
+        renamed["cls.predictions.transform.LayerNorm.gamma"] = torch.ones(36)
+        renamed["cls.seq_relationship.weight"] = torch.ones(2, 36)
+        return renamed
+
+    rewrite(copy, as_first_published)
+    assert_same_weights(BertModel.from_pretrained(copy), BertModel.from_pretrained(tiny))
+
+
+def test_transformers_models_with_heads(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
+
+    for architecture in (BertForPreTraining, BertForMaskedLM, BertForSequenceClassification):
+        directory = save_random(architecture, BertConfig(**TINY), tmp_path / architecture.__name__)
+        model = BertModel.from_pretrained(directory)
+        assert (model.pooler is None) == (architecture is BertForMaskedLM)
+        if model.pooler is None:
+            assert model(torch.ones(1, 3, dtype=torch.int64)).pooler_output is None
+
+
+def test_distilbert_with_its_head(tmp_path: Path) -> None:
+    from transformers import AutoModel, DistilBertConfig, DistilBertForMaskedLM
+
+    config = DistilBertConfig(
+        vocab_size=97, dim=36, n_heads=3, n_layers=2, hidden_dim=37, max_position_embeddings=19
+    )
+    directory = save_random(DistilBertForMaskedLM, config, tmp_path / "published")
+    model = BertModel.from_pretrained(directory)
+    model.save_pretrained(tmp_path / "saved")
+    assert_same_weights(BertModel.from_pretrained(tmp_path / "saved"), model)
+    reference, info = AutoModel.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(info.values())
+    ids = torch.arange(9).view(1, 9)
+    with torch.no_grad():
+        assert torch.equal(model(ids).last_hidden_state, reference.eval()(ids).last_hidden_state)
+
+
+def test_sharded_checkpoint(tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    whole = save_random_bert(tmp_path / "whole", **TINY)
+    AutoModel.from_pretrained(whole).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert not (tmp_path / "sharded" / "model.safetensors").exists()
+    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 2
+    assert_same_weights(BertModel.from_pretrained(tmp_path / "sharded"), BertModel.from_pretrained(whole))
+
+
+# --- dtypes and memory ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtype_as_stored_or_converted(copy: Path, dtype: torch.dtype) -> None:
+    rewrite(copy, lambda tensors: {key: t.to(dtype) for key, t in tensors.items()})
+    stored = BertModel.from_pretrained(copy)
+    assert {p.dtype for p in stored.parameters()} == {dtype}
+    converted = BertModel.from_pretrained(copy, dtype=torch.float32)
+    assert {p.dtype for p in converted.parameters()} == {torch.float32}
+    stored.save_pretrained(copy / "again")
+    assert json.loads((copy / "again" / "config.json").read_text())["dtype"] == str(dtype).removeprefix(
+        "torch."
+    )
+    assert_same_weights(BertModel.from_pretrained(copy / "again"), stored)
+
+
+def test_integer_dtype_is_refused(copy: Path) -> None:
+    with pytest.raises(ValueError, match=r"dtype is torch.int64, it must be a floating-point type"):
+        BertModel.from_pretrained(copy, dtype=torch.int64)
+
+
+def test_parameters_are_the_files_memory(tiny: Path) -> None:
+    """Each parameter starts in memory at its file offset from the others: nothing was copied."""
+    model = BertModel.from_pretrained(tiny)
+    published = {FAMILIES["bert"].to_published(name): p for name, p in model.named_parameters()}
+    raw = (tiny / "model.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    starts = {published[key].data_ptr() - header[key]["data_offsets"][0] for key in published}
+    assert len(starts) == 1
+
+
+def test_training_never_touches_the_file(copy: Path) -> None:
+    before = (copy / "model.safetensors").read_bytes()
+    model = BertModel.from_pretrained(copy)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert (copy / "model.safetensors").read_bytes() == before
+    model.save_pretrained(copy)  # over the very file that is mapped
+    assert_same_weights(BertModel.from_pretrained(copy), model)
+
+
+def test_loaded_model_is_in_eval_mode_and_trainable(tiny: Path) -> None:
+    model = BertModel.from_pretrained(tiny)
+    assert not model.training
+    assert all(p.requires_grad and not p.is_meta for p in model.parameters())
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def test_saved_model_loads_in_transformers(tiny: Path, minilm: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    for number, source in enumerate((tiny, minilm)):
+        directory = tmp_path / str(number)
+        BertModel.from_pretrained(source).save_pretrained(directory)
+        reference, info = AutoModel.from_pretrained(directory, output_loading_info=True)
+        assert not any(info.values()), info
+        saved = BertModel.from_pretrained(directory)
+        ids = torch.randint(97, (3, 13), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            ours, theirs = saved(ids), reference.eval()(ids)
+        assert torch.equal(ours.last_hidden_state, theirs.last_hidden_state)
+        assert torch.equal(ours.pooler_output, theirs.pooler_output)
+        assert_same_weights(saved, BertModel.from_pretrained(source))
+        assert saved.config == BertModel.from_pretrained(source).config
+
+
+def test_saved_bits_equal_the_published_ones(minilm: Path, tmp_path: Path) -> None:
+    BertModel.from_pretrained(minilm).save_pretrained(tmp_path)
+    published, saved = weights_of(minilm), weights_of(tmp_path)
+    published.pop("embeddings.position_ids")
+    assert published.keys() == saved.keys()
+    assert all(torch.equal(published[key], saved[key]) for key in saved)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_a_full_disk_leaves_nothing_and_changes_nothing(copy: Path, tmp_path: Path) -> None:
+    model = BertModel.from_pretrained(copy)
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # no file may grow beyond
+    try:
+        for target in (copy, tmp_path / "fresh"):
+            with pytest.raises(CheckpointError, match=r"cannot be written: .*File too large"):
+                model.save_pretrained(target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_save_over_a_file_is_refused(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(CheckpointError, match="taken is a file: give a directory to save into"):
+        BertModel.from_pretrained(tiny).save_pretrained(tmp_path / "taken")
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_saved_files_have_ordinary_permissions(tiny: Path, tmp_path: Path) -> None:
+    BertModel.from_pretrained(tiny).save_pretrained(tmp_path / "saved")
+    (tmp_path / "ordinary").touch()
+    expected = (tmp_path / "ordinary").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "saved").iterdir()} == {expected}
+
+
+# --- what can be wrong ---------------------------------------------------------------------------
+
+
+def error_of(directory: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        BertModel.from_pretrained(directory)
+    return str(caught.value)
+
+
+def test_everything_wrong_is_in_one_error(copy: Path) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        del tensors["embeddings.word_embeddings.weight"]
+        del tensors["encoder.layer.1.attention.self.key.bias"]
+        tensors["encoder.layer.0.output.dense.weight"] = torch.zeros(36, 38)
+        tensors["embeddings.LayerNorm.bias"] = torch.zeros(36, dtype=torch.int32)
+        tensors["decoder.gate.weight"] = torch.zeros(3)
+        tensors["bert.pooler.dense.bias"] = tensors["pooler.dense.bias"].clone()
+        return tensors
+
+    message = error_of(rewrite(copy, spoil))
+    assert "\n" not in message
+    for part in (
+        str(copy),
+        "missing embeddings.word_embeddings.weight, encoder.layer.1.attention.self.key.bias",
+        "encoder.layer.0.output.dense.weight is (36, 38) and not (36, 37)",
+        "embeddings.LayerNorm.bias is stored as torch.int32",
+        "unknown decoder.gate.weight",
+        "pooler.dense.bias both name the same parameter",
+    ):
+        assert part in message
+
+
+def test_missing_layers_are_collapsed(copy: Path) -> None:
+    message = error_of(set_config(copy, num_hidden_layers=5))
+    assert "missing encoder.layer.2-4.* (16 tensors each)" in message
+    message = error_of(set_config(copy, num_hidden_layers=1))
+    assert "unexpected encoder.layer.1.* (16 tensors each)" in message
+
+
+def test_collapse_layers() -> None:
+    keys = [f"encoder.layer.{i}.output.dense.bias" for i in (0, 1, 2, 5, 11)]
+    assert collapse_layers(["pooler.dense.bias", *keys]) == [
+        "pooler.dense.bias",
+        "encoder.layer.0-2,5,11.output.dense.bias",
+    ]
+
+
+def test_half_a_pooler_is_missing_the_other_half(copy: Path) -> None:
+    message = error_of(rewrite(copy, lambda t: {k: v for k, v in t.items() if k != "pooler.dense.bias"}))
+    assert "missing pooler.dense.bias" in message
+
+
+def test_mixed_dtypes_need_a_choice(copy: Path) -> None:
+    def mix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors | {"pooler.dense.bias": tensors["pooler.dense.bias"].half()}
+
+    assert "several dtypes (38 torch.float32, 1 torch.float16), choose one with dtype=" in error_of(
+        rewrite(copy, mix)
+    )
+    model = BertModel.from_pretrained(copy, dtype=torch.float32)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 4\n", "is a Git LFS pointer"),
+        (b"<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page saved under this name"),
+        (b"\n<html>", "is a web page saved under this name"),
+        (b"PK\x03\x04" + bytes(100), "is a PyTorch pickle under this name"),
+        (b"\x10\x00\x00\x00\x00\x00\x00\x00not json, really", "hold no valid header"),
+        (b"\xff" * 100, "hold no valid header"),
+        (b"abc", "hold no valid header"),
+    ],
+)
+def test_not_safetensors(copy: Path, content: bytes, message: str) -> None:
+    (copy / "model.safetensors").write_bytes(content)
+    error = error_of(copy)
+    assert error.startswith(str(copy / "model.safetensors"))
+    assert message in error
+    assert "fetch it again" in error
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.999, 0.01])
+def test_truncated_file(copy: Path, kept: float) -> None:
+    path = copy / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * kept)])
+    message = error_of(copy)
+    if kept > 0.1:
+        assert f"is truncated, it holds {int(len(whole) * kept)} of the {len(whole)} bytes" in message
+    else:
+        assert "hold no valid header" in message
+
+
+def test_bin_only(copy: Path, tmp_path: Path) -> None:
+    tensors = {f"bert.{key}": t.clone() for key, t in weights_of(copy).items()}
+    tensors["cls.predictions.bias"] = torch.zeros(97)
+    (copy / "model.safetensors").unlink()
+    torch.save(tensors, copy / "pytorch_model.bin")
+    message = error_of(copy)
+    assert "holds its weights only as pytorch_model.bin" in message
+    assert f"python -m minibert convert {copy} NEW_DIRECTORY" in message
+    convert(copy, tmp_path / "converted")
+    model = BertModel.from_pretrained(tmp_path / "converted")
+    assert torch.equal(model.embeddings.word.weight, tensors["bert.embeddings.word_embeddings.weight"])
+
+
+def test_convert_refuses_what_is_not_tensors(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no pytorch_model.bin to convert"):
+        convert(copy, tmp_path / "out")
+    (copy / "pytorch_model.bin").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="cannot be read as tensors"):
+        convert(copy, tmp_path / "out")
+    torch.save([1, 2], copy / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="does not hold named tensors, it holds a list"):
+        convert(copy, tmp_path / "out")
+    torch.save({"a": Path("x")}, copy / "pytorch_model.bin")  # would run code when unpickled
+    with pytest.raises(CheckpointError, match="cannot be read as tensors"):
+        convert(copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_weights_no_config(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    assert "holds neither model.safetensors nor model.safetensors.index.json" in error_of(copy)
+    (copy / "tf_model.h5").touch()
+    assert "holds only tf_model.h5" in error_of(copy)
+    (copy / "config.json").unlink()
+    assert error_of(copy) == f"{copy} has no config.json"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "holds a JSON list, not a dict"),
+        ('{"model_type": "roberta"}', "says model_type 'roberta': only 'bert' and 'distilbert' are supported"),
+        ('{"model_type": 3}', "says model_type 3"),
+        ('{"hidden_act": "mish"}', "config.json: hidden_act 'mish' is not supported"),
+        ('{"position_embedding_type": "relative_key"}', "config.json: position_embedding_type 'relative_key'"),
+    ],
+)
+def test_bad_config_file(copy: Path, content: str, message: str) -> None:
+    (copy / "config.json").write_text(content)
+    assert message in error_of(copy)
+    assert str(copy / "config.json") in error_of(copy)
+
+
+def test_config_without_model_type_is_a_bert(copy: Path) -> None:
+    fields = json.loads((copy / "config.json").read_text())
+    del fields["model_type"]
+    (copy / "config.json").write_text(json.dumps(fields))
+    assert BertModel.from_pretrained(copy).config.model_type == "bert"
+
+
+def shard(directory: Path, weight_map: object) -> Path:
+    save_file(weights_of(directory), directory / "a.safetensors")
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        (None, "has no weight_map"),
+        ({}, "has no weight_map"),
+        ({"pooler.dense.bias": "b.safetensors"}, "lists shards that are not there: b.safetensors"),
+        ({"x": "a.safetensors"}, "lists 1 tensors that no shard holds, the first is x"),
+    ],
+)
+def test_bad_index(copy: Path, weight_map: object, message: str) -> None:
+    assert message in error_of(shard(copy, weight_map))
+
+
+def test_load_checkpoint_reads_fields_and_our_names(tiny: Path) -> None:
+    checkpoint = load_checkpoint(tiny)
+    assert checkpoint.config["hidden_size"] == 36
+    assert "layers.1.feed_forward.up.weight" in checkpoint.tensors
+    assert (
+        checkpoint.published["layers.1.feed_forward.up.weight"] == "encoder.layer.1.intermediate.dense.weight"
+    )

@@ -1,0 +1,241 @@
+"""`encode`: shapes, order, batching, normalisation, saving; sentence-transformers as oracle."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import nn
+
+from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer
+from weights import CheckpointError
+
+WORDS = [
+    "a",
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "mat",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "lazy",
+    "dog",
+    "sky",
+    "blue",
+    "unbelievable",
+    "2024",
+    "!",
+    ",",
+    ".",
+]
+
+
+def sentences(count: int, longest: int = 40, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(0, longest))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def encoder(minilm: Path) -> SentenceEncoder:
+    return SentenceEncoder.from_pretrained(minilm)
+
+
+def test_equals_sentence_transformers(encoder: SentenceEncoder, minilm: Path) -> None:
+    texts = [*sentences(70), "word " * 200]
+    expected = SentenceTransformer(str(minilm), device="cpu").encode(texts)
+    np.testing.assert_allclose(encoder.encode(texts), expected, atol=5e-7)
+
+
+def test_shapes_and_types(encoder: SentenceEncoder) -> None:
+    one = encoder.encode("hello")
+    assert isinstance(one, np.ndarray)
+    assert (one.shape, one.dtype) == ((384,), np.float32)
+    many = encoder.encode(("hello", "two words"))
+    assert (many.shape, many.dtype) == ((2, 384), np.float32)
+    none = encoder.encode([])
+    assert (none.shape, none.dtype) == ((0, 384), np.float32)
+    tensor = encoder.encode("hello", convert_to_tensor=True)
+    assert isinstance(tensor, torch.Tensor)
+    assert torch.equal(tensor, torch.from_numpy(one))
+    assert not tensor.requires_grad
+    assert encoder.encode(iter(["hello"])).shape == (1, 384)
+    assert encoder.encode(np.array(["hello", "x"])).shape == (2, 384)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 1000, None])
+def test_order_is_kept_whatever_the_batches(encoder: SentenceEncoder, batch_size: int | None) -> None:
+    texts = sentences(23)
+    alone = np.stack([encoder.encode(text) for text in texts])
+    np.testing.assert_allclose(encoder.encode(texts, batch_size), alone, atol=5e-7)
+
+
+def test_normalisation_is_the_checkpoints_unless_told(
+    encoder: SentenceEncoder, tiny_encoder: SentenceEncoder
+) -> None:
+    texts = sentences(5)
+    lengths = np.linalg.norm(encoder.encode(texts), axis=1)
+    np.testing.assert_allclose(lengths, 1, atol=1e-6)  # MiniLM's modules.json says so
+    raw = encoder.encode(texts, normalize_embeddings=False)
+    assert (abs(np.linalg.norm(raw, axis=1) - 1) > 0.1).all()
+    np.testing.assert_allclose(
+        raw / np.linalg.norm(raw, axis=1, keepdims=True), encoder.encode(texts), atol=1e-6
+    )
+    assert not tiny_encoder.normalize_embeddings  # a bare checkpoint
+
+
+@pytest.fixture
+def tiny_encoder(minilm: Path) -> SentenceEncoder:
+    """Random odd-sized weights on the published vocabulary."""
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=36, num_attention_heads=3, num_hidden_layers=2, intermediate_size=37)
+    return SentenceEncoder(BertModel(config), Tokenizer.from_pretrained(minilm))
+
+
+def test_training_mode_is_left_as_it_was(tiny_encoder: SentenceEncoder) -> None:
+    tiny_encoder.train()
+    tiny_encoder.model.layers[0].eval()  # as a frozen layer would be
+    modes = [module.training for module in tiny_encoder.modules()]
+    first, second = (tiny_encoder.encode("no dropout here") for _ in range(2))
+    assert (first == second).all()
+    assert [module.training for module in tiny_encoder.modules()] == modes
+    with pytest.raises(TypeError):
+        tiny_encoder.encode([3])  # type: ignore[list-item]
+    assert [module.training for module in tiny_encoder.modules()] == modes
+
+
+def test_forward_can_be_trained(tiny_encoder: SentenceEncoder) -> None:
+    batch = tiny_encoder.tokenizer(["a cat", "the dog sat"])
+    embeddings = tiny_encoder(**batch)
+    assert embeddings.shape == (2, 36)
+    embeddings.sum().backward()
+    assert tiny_encoder.model.layers[0].attention.query.weight.grad is not None  # type: ignore[union-attr]
+
+
+def test_forward_is_what_encode_gives(encoder: SentenceEncoder) -> None:
+    with torch.no_grad():
+        pooled = encoder(**encoder.tokenizer(["the sky is blue"]))
+    expected = encoder.encode(["the sky is blue"], normalize_embeddings=False, convert_to_tensor=True)
+    assert torch.equal(pooled, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(minilm: Path, encoder: SentenceEncoder, dtype: torch.dtype) -> None:
+    texts = sentences(9)
+    other = SentenceEncoder.from_pretrained(minilm, dtype=dtype)
+    embeddings = other.encode(texts)
+    assert embeddings.dtype == np.float32
+    cosines = (embeddings * encoder.encode(texts)).sum(1)
+    assert cosines.min() > 0.999
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert other.encode(texts, convert_to_tensor=True).dtype == wide
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_saved_encoder_loads_everywhere(minilm: Path, tmp_path: Path, pooling: str, normalize: bool) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    encoder = SentenceEncoder.from_pretrained(minilm)
+    encoder.pooling, encoder.normalize_embeddings = pooling, normalize
+    encoder.save_pretrained(tmp_path / "saved")
+    texts = sentences(13)
+    expected = encoder.encode(texts)
+
+    again = SentenceEncoder.from_pretrained(tmp_path / "saved")
+    assert (again.pooling, again.normalize_embeddings, again.tokenizer.max_length) == (pooling, normalize, 256)
+    np.testing.assert_array_equal(again.encode(texts), expected)
+
+    theirs = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert theirs.max_seq_length == 256
+    np.testing.assert_allclose(theirs.encode(texts), expected, atol=5e-7)
+
+    assert not any(AutoModel.from_pretrained(tmp_path / "saved", output_loading_info=True)[1].values())
+    ids = AutoTokenizer.from_pretrained(tmp_path / "saved")(texts)["input_ids"]
+    assert ids == encoder.tokenizer.token_ids(texts)
+
+
+def test_what_sentence_transformers_saves_loads_here(minilm: Path, tmp_path: Path) -> None:
+    theirs = SentenceTransformer(str(minilm), device="cpu")
+    theirs.save_pretrained(str(tmp_path))
+    ours = SentenceEncoder.from_pretrained(tmp_path)
+    assert (ours.pooling, ours.normalize_embeddings, ours.tokenizer.max_length) == ("mean", True, 256)
+    np.testing.assert_allclose(ours.encode(sentences(5)), theirs.encode(sentences(5)), atol=5e-7)
+
+
+def test_a_cased_tokenizer_survives_saving(minilm: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "vocab.txt", "model.safetensors"):
+        tmp_path.joinpath("cased").mkdir(exist_ok=True)
+        shutil.copy(minilm / name, tmp_path / "cased")
+    (tmp_path / "cased" / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    encoder = SentenceEncoder.from_pretrained(tmp_path / "cased")
+    encoder.save_pretrained(tmp_path / "saved")
+    again = Tokenizer.from_pretrained(tmp_path / "saved")
+    assert again.token_ids(["Hello hello É"]) == encoder.tokenizer.token_ids(["Hello hello É"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"sentences": ["a", 3]}, TypeError, "text 1 is int (3), it must be a string"),
+        ({"sentences": 3}, TypeError, "sentences is int, it must be a string or several"),
+        ({"sentences": b"abc"}, TypeError, "sentences is bytes"),
+        ({"sentences": ["a", "\udc00"]}, ValueError, "text 1 is not valid Unicode"),
+        ({"sentences": ["a"], "batch_size": 0}, ValueError, "batch_size is 0, it must be an integer from 1 up"),
+        ({"sentences": ["a"], "batch_size": -1}, ValueError, "batch_size is -1"),
+        ({"sentences": ["a"], "batch_size": 2.5}, ValueError, "batch_size is 2.5"),
+    ],
+)
+def test_bad_arguments(
+    tiny_encoder: SentenceEncoder, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        tiny_encoder.encode(**arguments)
+    assert message in str(caught.value)
+
+
+def test_unknown_pooling_is_refused(tiny_encoder: SentenceEncoder) -> None:
+    with pytest.raises(ValueError, match="pooling is 'max', it must be mean or cls"):
+        SentenceEncoder(tiny_encoder.model, tiny_encoder.tokenizer, pooling="max")
+
+
+@pytest.mark.parametrize(
+    ("modules", "pooling", "message"),
+    [
+        ([("Transformer", ""), ("Dense", "2_Dense")], {}, "has modules that are not supported: Dense"),
+        ([("Transformer", "0_Transformer")], {}, "keeps the encoder in 0_Transformer/: give that directory"),
+        ([("Pooling", "p")], {"pooling_mode_max_tokens": True}, "asks for ['pooling_mode_max_tokens'] pooling"),
+        ([("Pooling", "p")], {"pooling_mode": "lasttoken"}, "asks for ['lasttoken'] pooling"),
+        (
+            [("Pooling", "p")],
+            {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True},
+            "only mean or cls is supported",
+        ),
+    ],
+)
+def test_steps_it_does_not_do_are_refused(
+    minilm: Path, tmp_path: Path, modules: list[tuple[str, str]], pooling: dict[str, Any], message: str
+) -> None:
+    listed = [
+        {"idx": i, "type": f"sentence_transformers.models.{m}", "path": p} for i, (m, p) in enumerate(modules)
+    ]
+    (tmp_path / "modules.json").write_text(json.dumps(listed))
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "config.json").write_text(json.dumps(pooling))
+    shutil.copy(minilm / "config.json", tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        SentenceEncoder.from_pretrained(tmp_path)
+    assert message in str(caught.value)
+
+
+def test_it_is_a_module(encoder: SentenceEncoder) -> None:
+    assert isinstance(encoder, nn.Module)
+    assert sum(p.numel() for p in encoder.parameters()) == 22_713_216

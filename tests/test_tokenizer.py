@@ -1,0 +1,207 @@
+"""Ids, masks and types equal AutoTokenizer's; loading, truncation, and what is refused."""
+
+import json
+import random
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from minibert import Tokenizer
+from weights import CheckpointError
+
+HAND_PICKED = [
+    "", " ", "\n\t \r", "a", "The quick brown fox jumps over the lazy dog.",
+    "Ünïcödé àccénts ÀÉÎÕÜ ñ ç ß ø đ ł", "e\u0301 combining a\u0308", "İstanbul ı DŽ ﬁ ﬂ ﬀ", "ΣΊΣΥΦΟΣ σίσυφος ς",
+    "你好世界", "日本語のテキスト カタカナ ｶﾀｶﾅ", "한국어 텍스트", "mixed 中文 and English中文words", "𠀀𪚥", "العربية نص", "עברית",
+    "हिन्दी पाठ", "ภาษาไทย", "Привет, мир! Ёлка", "😀 😃👍🏽", "👨‍👩‍👧‍👦 family", "🏳️‍🌈", "a\u200db zero\u200bwidth\u2060joiner\ufeff",
+    "\x00null", "\x07bell\x1b[0m", "soft\u00adhyphen", "\u202ertl override", "private \ue000 use", "replacement \ufffd char",
+    "a" * 100, "a" * 101, "x" * 99 + " " + "y" * 250, "Donaudampfschifffahrtsgesellschaftskapitän",
+    "!!!???...,,,;;;:::", "--- *** ### $$$ %%% ^^^ &&& ((( ))) ___ +++ === ~~~ ```", "don't can't won't I'm you're",
+    "“quotes” ‘single’ «guillemets» – — … • ° © ® ™", "€ £ ¥ ₹ ₿ 100% #1 @user", "http://example.com/a?b=c&d=e#f",
+    "user@example.com", "3.14159 1,000,000 1e-10 0x7f ½ ² ①", "CamelCaseWord snake_case_word kebab-case-word", "U.S.A. Ph.D. e.g. i.e.",
+    "[MASK]", "The [MASK] sat on the [MASK].", "[CLS] inside [SEP] text [PAD] [UNK]", "[mask] [Mask] [MASK]s x[MASK]y [ MASK ]",
+    "##ing ##s # #", "[unused0] [unused99]", "tab\tseparated\tvalues", "non\u00a0breaking\u2003em\u3000ideographic", "line\u2028separator\u2029para",
+    "<b>html</b> &amp; <br/>", "{'json': [1, 2]}", "\\backslash \\n literal", "ﷺ", "Å Å", "ⅷ Ⅷ", "𝕱𝖗𝖆𝖐𝖙𝖚𝖗 𝒮𝒸𝓇𝒾𝓅𝓉",
+]  # fmt: skip
+
+PIECES = [
+    *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789",
+    *".,;:!?'\"-()[]{}<>/\\|@#$%^&*_+=~`",
+    *" \t\n\r\u00a0\u2003\u3000\u200b\u200d\u00ad\ufeff\x00\x1f\x7f\x85\u2028",
+    *"àéîõüñçßøđłžÀÉİıΩΣςЖё中文日本語한글अภ",
+    *"😀👍🏽🏳🌈\ufe0f𠀀𝕱\u0301\u0308\u0327",
+    " the ", " running", "ization", "un", "[MASK]", "[CLS]", "[SEP]", "##ed", "antidisestablishmentarianism",
+]  # fmt: skip
+
+
+def generated(count: int) -> list[str]:
+    rng = random.Random(0)
+    texts = []
+    for _ in range(count):
+        texts.append("".join(rng.choices(PIECES, k=rng.choice([1, 2, 5, 20, 80]))))
+    # and code points from anywhere but the surrogates
+    for _ in range(count // 4):
+        points = [rng.randrange(1, rng.choice([0x300, 0x3000, 0x10000, 0x110000])) for _ in range(12)]
+        texts.append("".join(chr(point) for point in points if not 0xD800 <= point < 0xE000))
+    return texts
+
+
+TEXTS = HAND_PICKED + generated(2000)
+
+
+def layout(source: Path, directory: Path, files: list[str], **settings: Any) -> Path:
+    """A model directory with only these tokenizer files, and this tokenizer_config.json."""
+    directory.mkdir()
+    for file in ["config.json", *files]:
+        shutil.copy(source / file, directory)
+    if settings:
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.fixture(
+    params=[
+        (["tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json"], {}),
+        (["tokenizer.json"], {}),
+        (["tokenizer.json"], {"do_lower_case": False}),
+        (["tokenizer.json"], {"strip_accents": False, "tokenize_chinese_chars": False}),
+        (["vocab.txt"], {}),
+        (["vocab.txt"], {"do_lower_case": False}),
+        (["vocab.txt"], {"strip_accents": False, "do_lower_case": True}),
+        (["vocab.txt"], {"tokenize_chinese_chars": False}),
+    ],
+    ids=str,
+)
+def directory(request: pytest.FixtureRequest, minilm: Path, tmp_path: Path) -> Path:
+    files, settings = request.param
+    return layout(minilm, tmp_path / "model", files, **settings)
+
+
+def test_ids_equal_autotokenizers(directory: Path) -> None:
+    assert len(TEXTS) > 2000
+    ours = Tokenizer.from_pretrained(directory).token_ids(TEXTS, max_length=512)
+    expected = AutoTokenizer.from_pretrained(directory)(TEXTS, truncation=True, max_length=512)["input_ids"]
+    different = [text for text, a, b in zip(TEXTS, ours, expected, strict=True) if a != b]
+    assert not different, f"{len(different)} texts differ, the first is {different[0]!a}"
+
+
+@pytest.mark.parametrize("max_length", [512, 16, 5])
+def test_batches_equal_autotokenizers(minilm: Path, max_length: int) -> None:
+    ours = Tokenizer.from_pretrained(minilm)
+    reference = AutoTokenizer.from_pretrained(minilm)
+    rng = random.Random(1)
+    pairs = rng.sample(TEXTS, len(TEXTS))
+    for start in range(0, len(TEXTS), 37):
+        firsts, seconds = TEXTS[start : start + 37], pairs[start : start + 37]
+        for arguments in ((firsts,), (firsts, seconds)):
+            expected = reference(
+                *arguments, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                batch = ours(*arguments, max_length=max_length)
+            assert batch.keys() == expected.keys()
+            for name in batch:
+                assert batch[name].dtype == expected[name].dtype
+                assert torch.equal(batch[name], expected[name]), name
+
+
+def test_single_text_is_a_batch_of_one(minilm: Path) -> None:
+    tokenizer = Tokenizer.from_pretrained(minilm)
+    assert tokenizer("hello")["input_ids"].tolist() == [[101, 7592, 102]]
+    pair = tokenizer("hello", "world")
+    assert pair["input_ids"].tolist() == [[101, 7592, 102, 2088, 102]]
+    assert pair["token_type_ids"].tolist() == [[0, 0, 0, 1, 1]]
+
+
+def test_baked_in_padding_and_truncation_are_ignored(minilm: Path) -> None:
+    baked = json.loads((minilm / "tokenizer.json").read_text())
+    assert baked["truncation"]["max_length"] == 128
+    assert baked["padding"]["strategy"] == {"Fixed": 128}
+    batch = Tokenizer.from_pretrained(minilm)(["a " * 200, "b"])
+    assert batch["input_ids"].shape == (2, 202)
+
+
+def test_limit_is_the_models_own(minilm: Path, tmp_path: Path) -> None:
+    assert Tokenizer.from_pretrained(minilm).max_length == 256  # sentence_bert_config.json
+    bare = layout(minilm, tmp_path / "a", ["vocab.txt"])
+    assert Tokenizer.from_pretrained(bare).max_length == 512  # config.json
+    shorter = layout(minilm, tmp_path / "b", ["vocab.txt"], model_max_length=99)
+    assert Tokenizer.from_pretrained(shorter).max_length == 99
+    unlimited = layout(minilm, tmp_path / "c", ["vocab.txt"], model_max_length=int(1e30))
+    assert Tokenizer.from_pretrained(unlimited).max_length == 512
+
+
+def test_cut_texts_are_counted_once_per_call(minilm: Path) -> None:
+    tokenizer = Tokenizer.from_pretrained(minilm)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert tokenizer(["word " * 300, "short", "word " * 254, "word " * 255])["input_ids"].shape == (4, 256)
+    assert [str(w.message) for w in caught] == ["2 of 4 texts were cut to 256 tokens"]
+    with pytest.warns(UserWarning, match="1 of 1 text was cut to 4 tokens"):
+        tokenizer("one two three", max_length=4)
+
+
+def test_distilbert_has_no_token_types(minilm: Path, tmp_path: Path) -> None:
+    directory = layout(minilm, tmp_path / "model", ["vocab.txt"])
+    (directory / "config.json").write_text(
+        json.dumps({"model_type": "distilbert", "max_position_embeddings": 64})
+    )
+    tokenizer = Tokenizer.from_pretrained(directory)
+    assert list(tokenizer("a")) == ["input_ids", "attention_mask"]
+    assert tokenizer.max_length == 64
+
+
+def test_windows_line_ends_in_a_vocabulary(minilm: Path, tmp_path: Path) -> None:
+    directory = layout(minilm, tmp_path / "model", ["vocab.txt"])
+    (directory / "vocab.txt").write_bytes((directory / "vocab.txt").read_bytes().replace(b"\n", b"\r\n"))
+    assert Tokenizer.from_pretrained(directory)("hello")["input_ids"].tolist() == [[101, 7592, 102]]
+
+
+@pytest.mark.parametrize(
+    ("texts", "pairs", "options", "error", "message"),
+    [
+        ([], None, {}, ValueError, "no texts to tokenize: the batch is empty"),
+        (["a", 3], None, {}, TypeError, "text 1 is int (3), it must be a string"),
+        (["a", None], None, {}, TypeError, "text 1 is NoneType (None)"),
+        ([b"bytes"], None, {}, TypeError, "text 0 is bytes"),
+        (["a"], [5], {}, TypeError, "text 0 is int"),
+        (
+            ["ok", "bad \ud800 one"],
+            None,
+            {},
+            ValueError,
+            "text 1 is not valid Unicode: character 4 is a lone surrogate ('\\ud800')",
+        ),
+        (["a", "b"], ["c"], {}, ValueError, "2 texts but 1 text_pairs"),
+        (["a"], None, {"max_length": 1}, ValueError, "max_length is 1, but the special tokens alone are 2"),
+        (["a"], ["b"], {"max_length": 2}, ValueError, "max_length is 2, but the special tokens alone are 3"),
+        (["a"], None, {"max_length": -1}, ValueError, "max_length is -1"),
+    ],
+)
+def test_bad_texts(
+    minilm: Path, texts: Any, pairs: Any, options: dict[str, int], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        Tokenizer.from_pretrained(minilm)(texts, pairs, **options)
+    assert message in str(caught.value)
+
+
+def test_bad_files(minilm: Path, tmp_path: Path) -> None:
+    directory = layout(minilm, tmp_path / "model", [])
+    with pytest.raises(CheckpointError, match=r"has no tokenizer: neither tokenizer.json nor vocab.txt"):
+        Tokenizer.from_pretrained(directory)
+    (directory / "vocab.txt").write_text("[PAD]\n[CLS]\nhello\n")
+    with pytest.raises(CheckpointError, match=r"vocab.txt lacks the tokens \[UNK\], \[SEP\], \[MASK\]"):
+        Tokenizer.from_pretrained(directory)
+    (directory / "vocab.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match=r"vocab.txt cannot be read as UTF-8 text"):
+        Tokenizer.from_pretrained(directory)
+    (directory / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json is not a tokenizer this can read"):
+        Tokenizer.from_pretrained(directory)
