@@ -1,0 +1,151 @@
+"""python -m minibert, as a stranger would call it."""
+
+import io
+import os
+import pty
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from minibert import SentenceEncoder
+from minibert.__main__ import main
+
+MODEL = ["--model", "all-MiniLM-L6-v2"]
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog.",
+    "A fast brown animal leaps above a sleepy dog.",
+    "The sky is blue and clear today.",
+]
+
+
+@pytest.fixture(scope="module")
+def expected(minilm: Path) -> np.ndarray:
+    return SentenceEncoder.from_pretrained(minilm).encode(SENTENCES)
+
+
+def standard_input(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def test_encode_prints_shape_numbers_and_cosines(
+    expected: np.ndarray, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "out.npy"
+    assert main(["encode", *MODEL, *SENTENCES, "-o", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("embeddings: 3 x 384 float32\n")
+    assert f"[0] {expected[0, 0]:8.4f} {expected[0, 1]:8.4f}" in printed
+    assert f"{expected[0] @ expected[1]:7.4f}" in printed
+    assert f"wrote {output}: 3 x 384 float32" in printed
+    np.testing.assert_array_equal(np.load(output), expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.npy"]
+
+
+def test_encode_writes_safetensors(expected: np.ndarray, tmp_path: Path) -> None:
+    output = tmp_path / "out.safetensors"
+    assert main(["encode", *MODEL, *SENTENCES, "-o", str(output)]) == 0
+    np.testing.assert_array_equal(load_file(output)["embeddings"], expected)
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize("way", ["file", "-", "nothing"])
+def test_encode_reads_lines(
+    expected: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, ends: str
+) -> None:
+    content = ("\ufeff" + ends.join(SENTENCES) + ends).encode()
+    (tmp_path / "in.txt").write_bytes(content)
+    standard_input(monkeypatch, content)
+    given = {"file": [str(tmp_path / "in.txt")], "-": ["-"], "nothing": []}[way]
+    assert main(["encode", *MODEL, *given, "-o", str(tmp_path / "out.npy")]) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected)
+
+
+def test_row_i_is_line_i_even_if_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    standard_input(monkeypatch, b"one\n\nthree\xe2\x80\xa8still three\n")  # U+2028 does not end a line
+    assert main(["encode", *MODEL, "-o", str(tmp_path / "out.npy")]) == 0
+    assert np.load(tmp_path / "out.npy").shape == (3, 384)
+
+
+def test_normalize_and_batch_size(expected: np.ndarray, tmp_path: Path) -> None:
+    output = str(tmp_path / "out.npy")
+    assert main(["encode", *MODEL, *SENTENCES, "-o", output, "--no-normalize", "--batch-size", "1"]) == 0
+    raw = np.load(output)
+    assert (np.linalg.norm(raw, axis=1) > 1.1).all()
+    np.testing.assert_allclose(raw / np.linalg.norm(raw, axis=1, keepdims=True), expected, atol=5e-7)
+
+
+def test_long_input_is_shown_in_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["encode", *MODEL, *map(str, range(25))]) == 0
+    printed = capsys.readouterr().out
+    assert "embeddings: 25 x 384" in printed
+    assert "... and 15 more" in printed
+
+
+def test_progress_bar_on_a_terminal_only(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("a sentence\n" * 100)
+    command = [sys.executable, "-m", "minibert", "encode", *MODEL, str(tmp_path / "in.txt")]
+    piped = subprocess.run(command, capture_output=True, check=True)
+    assert piped.stderr == b""
+    terminal, child_end = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    subprocess.run(command, stderr=child_end, stdout=subprocess.DEVNULL, check=True)
+    os.close(child_end)
+    shown = os.read(terminal, 65536)
+    os.close(terminal)
+    assert b"encode:" in shown
+    assert b"4/4" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "content", "message"),
+    [
+        (["-o", "out.txt", "a"], b"", "cannot write out.txt: its name must end in .npy or .safetensors"),
+        (["-o", "no/such/out.npy", "a"], b"", "no/such is no directory that can be written to"),
+        (["--batch-size", "0", "a"], b"", "batch_size is 0, it must be an integer from 1 up"),
+        (["-"], b"", "standard input is empty: nothing to encode"),
+        (["-"], b"fine\nb\xe4d\n", "standard input, line 2: not UTF-8 (byte 0xe4 at position 1)"),
+        (["a\udcff"], b"", "text 0 is not valid Unicode"),
+        (["--model", "no-such-model", "a"], b"", "no model 'no-such-model'"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    arguments: list[str],
+    content: bytes,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    standard_input(monkeypatch, content)
+    assert main(["encode", *MODEL, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("minibert: error: ")
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parity_command(
+    capsys: pytest.CaptureFixture[str], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["parity", "--model", str(tiny)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 40
+    assert all(line.endswith("all bits equal") for line in lines)
+    # and it must be able to fail, and say where
+    monkeypatch.setattr("minibert.layers.ACTIVATIONS", {"gelu": lambda x: x.relu()})
+    assert main(["parity", "--model", str(tiny)]) == 1
+    assert "first layer 0: differs by up to" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_console_script_and_help() -> None:
+    script = Path(sys.executable).with_name("minibert")
+    shown = subprocess.run([script, "encode", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "one text file with a sentence a line" in " ".join(shown.split())

