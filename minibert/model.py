@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minibert.attention import ATTENTION_FUNCTIONS, expand_mask
 from minibert.config import BertConfig
@@ -123,7 +124,7 @@ class BertModel(nn.Module):
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.directory / 'config.json'}: {error}") from error
         has_pooler = any(name.startswith("pooler.") for name in checkpoint.tensors)
-        with torch.device("meta"):  # shapes without memory
+        with torch.device("meta"), NoInitialisation():  # shapes without memory
             model = cls(config, attention=attention, add_pooling_layer=has_pooler)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         model.load_state_dict(checkpoint.tensors_for(shapes, dtype), assign=True)
@@ -139,9 +140,21 @@ class BertModel(nn.Module):
 
     def _initialise(self, module: nn.Module) -> None:
         """Normal weights, zero biases and zero padding vector, as published (initializer_range)."""
-        if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:
+        if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
             elif module.padding_idx is not None:
                 nn.init.zeros_(module.weight[module.padding_idx].detach())
+
+
+class NoInitialisation(TorchFunctionMode):
+    """While active, `torch.nn.init` does nothing: on the meta device its normal_ costs a second of imports."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
