@@ -11,7 +11,7 @@ from minibert import BertModel, SentenceEncoder
 from weights.hub import on_disk
 
 GOLDENS: dict[str, Any] = json.loads(Path(__file__).with_name("goldens").joinpath("minilm.json").read_text())
-CLOSE = {"rtol": 0, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 0, "atol": 1e-5}
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from minibert import BertModel
 from minibert.attention import ATTENTION_FUNCTIONS, expand_mask
+from minibert.layers import EncoderLayer
 from minibert.parity import difference
 from tests.parity.conftest import load_both
 
@@ -40,6 +41,12 @@ def reference_mask(pair: Pair, mask: Tensor) -> Tensor:
     return torch.zeros(()).where(wide, torch.finfo(torch.float32).min)
 
 
+def first_layer(pair: Pair) -> EncoderLayer:
+    layer = pair[0].layers[0]
+    assert isinstance(layer, EncoderLayer)
+    return layer
+
+
 def assert_same(piece: str, ours: Tensor, reference: Tensor) -> None:
     found = difference(piece, ours, reference)
     assert found.ulps == 0, str(found)
@@ -55,7 +62,7 @@ def test_1_embeddings(pair: Pair) -> None:
 
 
 def test_2_attention(pair: Pair, hidden: Tensor, mask: Tensor) -> None:
-    ours, reference = pair[0].layers[0], pair[1].encoder.layer[0].attention
+    ours, reference = first_layer(pair), pair[1].encoder.layer[0].attention
     context, weights = ours.attention(hidden, expand_mask(mask), ATTENTION_FUNCTIONS[pair[0].attention])
     expected, expected_weights = reference.self(hidden, reference_mask(pair, mask))
     if weights is not None:
@@ -64,13 +71,13 @@ def test_2_attention(pair: Pair, hidden: Tensor, mask: Tensor) -> None:
 
 
 def test_3_feed_forward(pair: Pair, hidden: Tensor) -> None:
-    ours, reference = pair[0].layers[0], pair[1].encoder.layer[0]
+    ours, reference = first_layer(pair), pair[1].encoder.layer[0]
     expected = reference.output(reference.intermediate(hidden), hidden)
     assert_same("feed-forward", ours.feed_forward_norm(ours.feed_forward(hidden) + hidden), expected)
 
 
 def test_4_layer(pair: Pair, hidden: Tensor, mask: Tensor) -> None:
-    ours, reference = pair[0].layers[0], pair[1].encoder.layer[0]
+    ours, reference = first_layer(pair), pair[1].encoder.layer[0]
     output, _ = ours(hidden, expand_mask(mask), ATTENTION_FUNCTIONS[pair[0].attention])
     assert_same("layer 0", output, reference(hidden, reference_mask(pair, mask)))
 

@@ -32,7 +32,7 @@ def batch(config: Any, seed: int = 0) -> Batch:
 def loss_of(output: Any, seed: int = 0) -> Tensor:
     """A scalar on which every output element has its own weight."""
     generator = torch.Generator().manual_seed(seed)
-    hidden = output.last_hidden_state
+    hidden: Tensor = output.last_hidden_state
     loss = (hidden * torch.randn(hidden.shape, generator=generator).to(hidden)).sum()
     pooled = getattr(output, "pooler_output", None)
     if pooled is not None:
@@ -44,7 +44,7 @@ def step(model: nn.Module, inputs: Batch, training: bool, seed: int) -> Tensor:
     model.train(training)
     torch.manual_seed(seed)
     loss = loss_of(model(**inputs))
-    loss.backward()
+    torch.autograd.backward(loss)
     return loss.detach()
 
 
