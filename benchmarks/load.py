@@ -1,7 +1,7 @@
 """Cold start to the first embedding, and peak memory, beside transformers and sentence-transformers.
 
     python benchmarks/load.py            all-MiniLM-L6-v2 and a bert-base-sized model (needs the test extra)
-    python benchmarks/load.py --quick    fewer rounds, MiniLM only
+    python benchmarks/load.py --quick    one round, MiniLM only
 
 Every measurement is a process of its own; the candidates take turns, and what is reported are
 medians of the ratios within a round. Peak memory is the process's own high-water mark (VmHWM, so
@@ -114,12 +114,12 @@ def save_base_size(directory: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="2 rounds, MiniLM only")
+    parser.add_argument("--quick", action="store_true", help="1 round, MiniLM only")
     parser.add_argument(
         "--output", type=Path, default=Path("load.json"), help="JSON file (default: %(default)s)"
     )
     arguments = parser.parse_args()
-    rounds = 2 if arguments.quick else 5
+    rounds = 1 if arguments.quick else 5
     results = {"all-MiniLM-L6-v2": measure(resolve("all-MiniLM-L6-v2"), rounds)}
     if not arguments.quick:
         with tempfile.TemporaryDirectory() as temporary:

@@ -37,6 +37,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_random_bert(tmp_path_factory.mktemp("tiny"), **TINY)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
 def save_random_bert(directory: Path, **fields: Any) -> Path:
     from transformers import BertConfig, BertModel
 

@@ -378,6 +378,12 @@ def test_bad_config_file(copy: Path, content: str, message: str) -> None:
     assert str(copy / "config.json") in error_of(copy)
 
 
+def test_unreadable_config(copy: Path) -> None:
+    (copy / "config.json").unlink()
+    (copy / "config.json").mkdir()
+    assert error_of(copy) == f"{copy / 'config.json'} cannot be read: Is a directory"
+
+
 def test_config_without_model_type_is_a_bert(copy: Path) -> None:
     fields = json.loads((copy / "config.json").read_text())
     del fields["model_type"]

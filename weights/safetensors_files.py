@@ -136,5 +136,5 @@ def _write(path: Path, content: bytes | Mapping[str, Tensor]) -> None:
         tensors = {key: tensor.detach().contiguous() for key, tensor in content.items()}
         save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses files without it
         path.chmod(permissions)
-    with path.open("rb") as file:
+    with path.open("r+b") as file:
         os.fsync(file.fileno())

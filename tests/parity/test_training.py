@@ -95,15 +95,24 @@ def test_minilm(minilm: Path, attention: str, training: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("training", "steps"), [(False, 2), (True, 20)], ids=["eval", "dropout"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_minilm_in_other_dtypes(minilm: Path, attention: str, dtype: torch.dtype) -> None:
-    assert_same_training(minilm, attention, dtype, training=True)
+def test_minilm_in_other_dtypes(
+    minilm: Path, attention: str, dtype: torch.dtype, training: bool, steps: int
+) -> None:
+    assert_same_training(minilm, attention, dtype, training, steps)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("training", "steps"), [(False, 2), (True, 20)], ids=["eval", "dropout"])
 def test_base_size(base_size: Path, attention: str, training: bool, steps: int) -> None:
     assert_same_training(base_size, attention, torch.float32, training, steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_base_size_in_other_dtypes(base_size: Path, attention: str, dtype: torch.dtype) -> None:
+    assert_same_training(base_size, attention, dtype, training=True, steps=1)
 
 
 def test_distilbert(attention: str, tmp_path: Path) -> None:
