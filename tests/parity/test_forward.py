@@ -34,7 +34,7 @@ def test_outputs_equal(directory: Path, attention: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float16])
-@pytest.mark.parametrize("model", ["tiny", "minilm"])
+@pytest.mark.parametrize("model", ["tiny", pytest.param("minilm", marks=pytest.mark.slow)])
 def test_outputs_equal_in_other_dtypes(
     model: str, dtype: torch.dtype, attention: str, request: pytest.FixtureRequest
 ) -> None:

@@ -89,6 +89,7 @@ def test_tiny(tiny: Path, attention: str, dtype: torch.dtype, training: bool) ->
     assert_same_training(tiny, attention, dtype, training)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "dropout"])
 def test_minilm(minilm: Path, attention: str, training: bool) -> None:
     assert_same_training(minilm, attention, torch.float32, training)
