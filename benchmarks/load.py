@@ -119,7 +119,7 @@ def main() -> None:
         "--output", type=Path, default=Path("load.json"), help="JSON file (default: %(default)s)"
     )
     arguments = parser.parse_args()
-    rounds = 1 if arguments.quick else 5
+    rounds = 1 if arguments.quick else 7
     results = {"all-MiniLM-L6-v2": measure(resolve("all-MiniLM-L6-v2"), rounds)}
     if not arguments.quick:
         with tempfile.TemporaryDirectory() as temporary:

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 class MLPHead(nn.Module):
     """Linear, ReLU, Linear: a sentence vector -> a score per class.
 
-    The system's task A (sentence classification) is `MLPHead(768, 256, 3)`, task B (sentiment)
-    `MLPHead(768, 128, 3)`.
+    On bert-base's 768 numbers: `MLPHead(768, 256, 3)` to classify sentences, `MLPHead(768, 128, 3)` for
+    their sentiment.
     """
 
     def __init__(self, hidden: int, width: int, classes: int) -> None:

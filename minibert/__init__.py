@@ -1,14 +1,7 @@
 """minibert: the encoder, pooling, tokenizing and encoding.
 
-Read the encoder in this order: embeddings.py, attention.py, layers.py, model.py.
-
-Axes, everywhere:
-
-    B  batch: sentences side by side
-    T  tokens of the longest sentence in the batch
-    H  hidden_size: numbers per token
-    N  num_attention_heads
-    D  head size, H / N
+Read the encoder in this order: embeddings.py, attention.py, layers.py, model.py. The letters that
+name the axes of every tensor, (B, T, H) and so on, are explained at the top of embeddings.py.
 """
 
 from minibert.config import BertConfig

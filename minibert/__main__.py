@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,10 +25,19 @@ SHOWN = 10  # sentences whose numbers and cosines are printed
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 1 (parity: not equal), or 2 (an error, on stderr)."""
+    """Runs one command and returns its exit status.
+
+    0: done. 1: parity found a difference. 2: an error, in one sentence on stderr. 130: interrupted.
+    """
     arguments = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter still shows the rest
     try:
-        return int(arguments.run(arguments))
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            status = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `... | head` has seen enough
@@ -35,6 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     except (CheckpointError, ModelNotFoundError, ValueError, TypeError, OSError) as error:
         print(f"minibert: error: {error}", file=sys.stderr)
         return 2
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"minibert: warning: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,9 +106,10 @@ def _encode(arguments: argparse.Namespace) -> int:
 
     encoder = SentenceEncoder.from_pretrained(arguments.model)
     embeddings = encoder.encode(sentences, arguments.batch_size, normalize_embeddings=arguments.normalize)
+    if output is not None:
+        _write_embeddings(output, embeddings)  # before anything is printed: the reader may have gone
     _print_embeddings(sentences, embeddings)
     if output is not None:
-        _write_embeddings(output, embeddings)
         print(f"\nwrote {output}: {embeddings.shape[0]} x {embeddings.shape[1]} float32")
     return 0
 
@@ -102,19 +118,26 @@ def _check_output(output: Path) -> None:
     """What can be known to fail is said before the work, not after it."""
     if output.suffix not in (".npy", ".safetensors"):
         raise ValueError(f"cannot write {output}: its name must end in .npy or .safetensors")
-    if output.is_dir() or not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
+    if output.is_dir():
+        raise ValueError(f"cannot write {output}: it is a directory")
+    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
         raise ValueError(f"cannot write {output}: {output.parent} is no directory that can be written to")
 
 
 def _read_sentences(given: list[str]) -> list[str]:
-    if not given and sys.stdin.isatty():
+    if not given and (sys.stdin is None or sys.stdin.isatty()):
         raise ValueError("nothing to encode: give sentences, a text file, or pipe text in")
     if given in ([], ["-"]):
         return _lines("standard input", sys.stdin.buffer)
-    if len(given) == 1 and Path(given[0]).is_file():
-        with Path(given[0]).open("rb") as stream:
-            return _lines(given[0], stream)
-    return given
+    # A file's name is not a sentence: reading it, or saying that it is not there, is what was meant.
+    is_file = os.path.exists if len(given) == 1 else os.path.isfile  # False, not an error, for a long sentence
+    files = [name for name in given if is_file(name) or name.endswith(".txt")]
+    if not files:
+        return given
+    if len(given) > 1:
+        raise ValueError(f"{files[0]} is a file among sentences: give one file alone, or pipe text in")
+    with Path(given[0]).open("rb") as stream:
+        return _lines(given[0], stream)
 
 
 def _lines(name: str, stream: Iterable[bytes]) -> list[str]:

@@ -21,7 +21,7 @@ def eager_attention(
     if mask is not None:
         lowest = torch.finfo(scores.dtype).min  # finite: a row with nothing to look at stays finite
         scores = scores + torch.where(mask, scores.new_zeros(()), lowest)
-    weights = F.dropout(scores.softmax(dim=-1), dropout_p)  # (B, N, T, T)
+    weights = F.dropout(scores.softmax(dim=-1), dropout_p)  # (B, N, T, T); dropout_p is 0 in eval mode
     return weights @ value, weights
 
 
@@ -39,7 +39,10 @@ ATTENTION_FUNCTIONS: dict[str, AttentionFunction] = {"eager": eager_attention, "
 
 
 def expand_mask(attention_mask: Tensor | None) -> Tensor | None:
-    """(B, T), 1 where there is a token -> boolean (B, 1, T, T); None where nothing is masked."""
+    """(B, T), 1 where there is a token -> boolean (B, 1, T, T); None where nothing is masked.
+
+    `[b, 0, i, j]` says whether token i may look at token j; it is the same for every i.
+    """
     if attention_mask is None or attention_mask.all():
         return None
     batch, length = attention_mask.shape

@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Self
+
+from weights import CheckpointError, read_config, resolve
 
 HIDDEN_ACTS = ("gelu", "relu", "gelu_new", "silu")
 
@@ -23,7 +26,7 @@ class BertConfig:
     al. 2019), which has no token types, no pooler and no dropout after the attention output.
 
     Raises:
-        ValueError: a value with which no encoder can be built; the message names the field.
+        ValueError: values with which no encoder can be built; the message names every such field.
     """
 
     model_type: str = "bert"
@@ -42,31 +45,61 @@ class BertConfig:
     pad_token_id: int | None = 0
 
     def __post_init__(self) -> None:
+        problems = self._field_problems()
+        if not problems:  # only sound fields can be compared with each other
+            problems = self._contradictions()
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def _field_problems(self) -> list[str]:
+        problems = []
         for field in fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name == "type_vocab_size" else 1
             if field.type is int and (type(value) is not int or value < least):
-                raise ValueError(f"{field.name} is {value!r}, it must be an integer from {least} up")
+                problems.append(f"{field.name} is {value!r}, it must be an integer from {least} up")
             if field.type is float and (type(value) not in (int, float) or not 0 <= value < 1):
-                raise ValueError(f"{field.name} is {value!r}, it must be a number from 0 up to 1")
+                problems.append(f"{field.name} is {value!r}, it must be a number from 0 up to 1")
+        if self.pad_token_id is not None and type(self.pad_token_id) is not int:
+            problems.append(f"pad_token_id is {self.pad_token_id!r}, it must be an integer or null")
+        if self.hidden_act not in HIDDEN_ACTS:
+            problems.append(f"hidden_act {self.hidden_act!r} is not supported, only {', '.join(HIDDEN_ACTS)}")
+        if self.model_type not in ("bert", "distilbert"):
+            problems.append(f"model_type {self.model_type!r} is not supported, only bert and distilbert")
+        return problems
+
+    def _contradictions(self) -> list[str]:
+        problems = []
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
+            problems.append(
                 f"hidden_size {self.hidden_size} cannot be split into {self.num_attention_heads} equal "
                 "heads (num_attention_heads)"
             )
-        if self.hidden_act not in HIDDEN_ACTS:
-            raise ValueError(f"hidden_act {self.hidden_act!r} is not supported, only {', '.join(HIDDEN_ACTS)}")
         if self.pad_token_id is not None and self.pad_token_id not in range(self.vocab_size):
-            raise ValueError(f"pad_token_id {self.pad_token_id!r} is not in the vocabulary")
-        if self.model_type not in ("bert", "distilbert"):
-            raise ValueError(f"model_type {self.model_type!r} is not supported, only bert and distilbert")
+            problems.append(f"pad_token_id {self.pad_token_id} is not in the vocabulary")
         if self.model_type == "distilbert" and (self.type_vocab_size, self.layer_norm_eps) != (0, 1e-12):
-            raise ValueError("a distilbert has type_vocab_size 0 and layer_norm_eps 1e-12")
+            problems.append("a distilbert has type_vocab_size 0 and layer_norm_eps 1e-12")
+        return problems
 
     @property
     def head_size(self) -> int:
         """D, the size of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path = "bert-base-uncased") -> Self:
+        """From a model's config.json.
+
+        Raises:
+            ModelNotFoundError: no such model on disk or on the hub.
+            CheckpointError: config.json cannot be used; the message names the fields.
+        """
+        directory = resolve(name_or_path)
+        published = read_config(directory)
+        try:
+            return cls.from_dict(published)
+        except ValueError as error:
+            raise CheckpointError(f"{directory / 'config.json'}: {error}") from error
 
     @classmethod
     def from_dict(cls, published: Mapping[str, Any]) -> Self:

@@ -1,4 +1,16 @@
-"""1 of 4: token ids become vectors."""
+"""1 of 4: token ids become vectors.
+
+The axes of every tensor in this project:
+
+    B  batch: texts side by side
+    T  tokens of the longest text in the batch
+    H  hidden_size: numbers per token
+    N  num_attention_heads
+    D  head size, H / N
+
+A text arrives as `[CLS] its tokens [SEP]`, a pair as `[CLS] first [SEP] second [SEP]`, filled up with
+`[PAD]`. L, where it is used, is the number of layers.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +19,10 @@ from minibert.config import BertConfig
 
 
 class Embeddings(nn.Module):
-    """Word + token type + position vectors, normalised (Devlin et al. 2018, section 3.2, figure 2)."""
+    """Word + token type + position vectors, normalised (Devlin et al. 2018, section 3.2, figure 2).
+
+    All three are learned tables. Token type is 0 in the first text of a pair, 1 in the second.
+    """
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()

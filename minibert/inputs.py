@@ -22,7 +22,7 @@ def check_inputs(
             f"{config.max_position_embeddings} (max_position_embeddings): truncate it"
         )
     if attention_mask is not None:
-        _check_mask(attention_mask, input_ids.shape)
+        check_mask(attention_mask, input_ids.shape)
     if token_type_ids is not None:
         if config.type_vocab_size == 0:
             raise ValueError("this model has no token types (type_vocab_size 0): leave token_type_ids out")
@@ -34,13 +34,14 @@ def check_inputs(
 def _check_integers(name: str, ids: Tensor) -> None:
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"{name} is {kind}, it must be a tensor of int64 or int32")
+        hint = ": call model(**batch)" if isinstance(ids, dict) else ""
+        raise TypeError(f"{name} is {kind}, it must be a tensor of int64 or int32{hint}")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
     if tensor.shape != shape:
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, input_ids {tuple(shape)}: they must be the same"
+            f"{name} has shape {tuple(tensor.shape)}, it must be {tuple(shape)}: one value per token"
         )
 
 
@@ -48,7 +49,8 @@ def _check_range(name: str, ids: Tensor, size: int, size_name: str) -> None:
     _check_none(name, ids, (ids < 0) | (ids >= size), f"from 0 to {size - 1} ({size_name} {size})")
 
 
-def _check_mask(mask: Tensor, shape: torch.Size) -> None:
+def check_mask(mask: Tensor, shape: torch.Size) -> None:
+    """Raises TypeError or ValueError unless this is a mask of 0, 1 or booleans of this shape, (B, T)."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask is {type(mask).__name__}, it must be a tensor")
     _check_shape("attention_mask", mask, shape)

@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FeedForward(nn.Module):
-    """Two Linears with an activation between, on each token (Vaswani et al. 2017, equation 2)."""
+    """Two Linears with an activation between, on each token (Vaswani et al. 2017, equation 2; here GELU)."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -60,7 +60,10 @@ class EncoderLayer(nn.Module):
 
 
 class Pooler(nn.Module):
-    """tanh of a Linear on the first token, [CLS] (Devlin et al. 2018, section 3.1)."""
+    """tanh of a Linear on the first token, [CLS] (Devlin et al. 2018, section 3.1).
+
+    Trained to tell whether two sentences follow each other; sentence embeddings do without it.
+    """
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()

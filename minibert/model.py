@@ -13,7 +13,7 @@ from minibert.config import BertConfig
 from minibert.embeddings import Embeddings
 from minibert.inputs import check_inputs
 from minibert.layers import EncoderLayer, Pooler
-from weights import CheckpointError, load_checkpoint, save_checkpoint
+from weights import load_checkpoint, resolve, save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class BertModelOutput:
 
     `last_hidden_state` (B, T, H). `pooler_output` (B, H), None without a pooler.
     `hidden_states`: L + 1 tensors (B, T, H), the embeddings' output first, if asked for.
-    `attentions`: L tensors (B, N, T, T), if asked for.
+    `attentions`: L tensors (B, N, T, T), after dropout as in transformers, if asked for.
     """
 
     last_hidden_state: Tensor
@@ -108,21 +108,20 @@ class BertModel(nn.Module):
         Args:
             name_or_path: a directory, a catalog name, or `org/name` on the hub.
             attention: "sdpa" or "eager".
-            dtype: convert the weights; as stored if None.
+            dtype: torch.float32, bfloat16, float16 or float64; as stored if None.
 
         The weights are memory-mapped: nothing is initialised or copied (unless converted).
 
         Raises:
             ModelNotFoundError: no such model on disk or on the hub.
             CheckpointError: config.json or the weights cannot be used.
+            ValueError: `attention` or `dtype` is none of those.
         """
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype is {dtype}, it must be a floating-point type")
-        checkpoint = load_checkpoint(name_or_path)
-        try:
-            config = BertConfig.from_dict(checkpoint.config)
-        except ValueError as error:
-            raise CheckpointError(f"{checkpoint.directory / 'config.json'}: {error}") from error
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise ValueError(f"dtype is {dtype!r}, it must be torch.float32, bfloat16, float16 or float64")
+        directory = resolve(name_or_path)
+        config = BertConfig.from_pretrained(directory)
+        checkpoint = load_checkpoint(directory)
         has_pooler = any(name.startswith("pooler.") for name in checkpoint.tensors)
         with torch.device("meta"), NoInitialisation():  # shapes without memory
             model = cls(config, attention=attention, add_pooling_layer=has_pooler)
@@ -149,7 +148,11 @@ class BertModel(nn.Module):
 
 
 class NoInitialisation(TorchFunctionMode):
-    """While active, `torch.nn.init` does nothing: on the meta device its normal_ costs a second of imports."""
+    """While active, `torch.nn.init` does nothing. Only for loading: skip this on a first reading.
+
+    The values come from the file anyway, and normal_ on the meta device imports torch's compiler,
+    which takes a second.
+    """
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

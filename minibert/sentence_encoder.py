@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, overload
+from typing import TYPE_CHECKING, Literal, Self, SupportsIndex, overload
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from minibert.model import BertModel
 from minibert.pooling import cls_pooling, mean_pooling
 from minibert.sentence_transformers_files import module_files, read_modules
-from minibert.tokenizer import Tokenizer, pad
+from minibert.tokenizer import Tokenizer, as_list, pad
 from weights import resolve, save_checkpoint
 
 if TYPE_CHECKING:
@@ -125,11 +125,9 @@ class SentenceEncoder(nn.Module):
             TypeError: not a string (which one is named).
             ValueError: a lone surrogate, or a batch_size below 1.
         """
-        if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        if batch_size is not None and (not isinstance(batch_size, SupportsIndex) or batch_size < 1):
             raise ValueError(f"batch_size is {batch_size!r}, it must be an integer from 1 up")
-        if isinstance(sentences, bytes) or not isinstance(sentences, Iterable):
-            raise TypeError(f"sentences is {type(sentences).__name__}, it must be a string or several")
-        texts = [sentences] if isinstance(sentences, str) else list(sentences)
+        texts = as_list(sentences)
         embeddings = self._embed(texts, batch_size or DEFAULT_BATCH_SIZE, show_progress_bar)  # (n, H)
         if self.normalize_embeddings if normalize_embeddings is None else normalize_embeddings:
             embeddings = F.normalize(embeddings, dim=1)

@@ -12,6 +12,7 @@ def read_modules(directory: Path) -> tuple[str, bool]:
     Raises:
         CheckpointError: damaged files, or steps that `SentenceEncoder` does not do.
     """
+    _refuse_extras(directory / "config_sentence_transformers.json")
     path = directory / "modules.json"
     if not path.is_file():
         return "mean", False
@@ -19,7 +20,7 @@ def read_modules(directory: Path) -> tuple[str, bool]:
     for module in read_json(path, list):
         if not isinstance(module, dict):
             raise CheckpointError(f"{path} lists {module!r}, which is not a module")
-        folders[str(module.get("type")).rpartition(".")[2]] = str(module.get("path", ""))
+        folders[str(module.get("type")).rpartition(".")[2]] = str(module.get("path") or "")
     if unknown := folders.keys() - {"Transformer", "Pooling", "Normalize"}:
         raise CheckpointError(f"{path} has modules that are not supported: {', '.join(sorted(unknown))}")
     if folders.get("Transformer"):
@@ -28,15 +29,23 @@ def read_modules(directory: Path) -> tuple[str, bool]:
     return pooling, "Normalize" in folders
 
 
+def _refuse_extras(path: Path) -> None:
+    settings = read_json(path) if path.is_file() else {}
+    for name in ("default_prompt_name", "truncate_dim"):
+        if settings.get(name) is not None:
+            raise CheckpointError(f"{path}: {name} {settings[name]!r} is not supported, only null")
+
+
 def _read_pooling(path: Path) -> str:
     """Understands both spellings: `"pooling_mode": "mean"`, and a true `pooling_mode_mean_tokens`."""
     settings = read_json(path)
-    modes = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value is True]
-    modes += [settings["pooling_mode"]] if "pooling_mode" in settings else []
-    known = {"mean": "mean", "pooling_mode_mean_tokens": "mean", "cls": "cls", "pooling_mode_cls_token": "cls"}
-    if len(modes) != 1 or modes[0] not in known:
-        raise CheckpointError(f"{path} asks for {modes} pooling, only mean or cls is supported")
-    return known[modes[0]]
+    modes = {name for name, value in settings.items() if name.startswith("pooling_mode_") and value is True}
+    modes |= {str(settings["pooling_mode"])} if "pooling_mode" in settings else set()
+    known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    poolings: set[str] = {known.get(mode, mode) for mode in modes}
+    if poolings not in ({"mean"}, {"cls"}):
+        raise CheckpointError(f"{path} asks for pooling by {sorted(modes)}, only mean or cls is supported")
+    return poolings.pop()
 
 
 def module_files(pooling: str, normalize: bool, *, hidden_size: int, max_seq_length: int) -> dict[str, bytes]:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
-from weights import CheckpointError, read_config, resolve
+from minibert.config import BertConfig
+from weights import CheckpointError, resolve
 from weights.json_files import read_json, to_json
 
 if TYPE_CHECKING:
     import tokenizers
 
+# A backend is told its limit before each batch, so two threads must not do so at once.
+TRUNCATION = threading.Lock()
 SPECIAL_TOKENS = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
 
 
@@ -53,24 +57,26 @@ class Tokenizer:
             CheckpointError: no tokenizer files there, or damaged ones.
         """
         directory = resolve(name_or_path)
-        settings = _optional_json(directory / "tokenizer_config.json")
+        config = BertConfig.from_pretrained(directory)
+        settings = _read_settings(directory / "tokenizer_config.json")
+        sentence_settings = _read_settings(directory / "sentence_bert_config.json")
         if (directory / "tokenizer.json").is_file():
             backend = _from_tokenizer_json(directory / "tokenizer.json", settings)
         elif (directory / "vocab.txt").is_file():
             backend = _from_vocabulary(directory / "vocab.txt", settings)
         else:
             raise CheckpointError(f"{directory} has no tokenizer: neither tokenizer.json nor vocab.txt")
-        config = read_config(directory)
-        limits = (
-            config.get("max_position_embeddings", 512),
-            settings.get("model_max_length"),
-            _optional_json(directory / "sentence_bert_config.json").get("max_seq_length"),
-        )
-        return cls(
-            backend,
-            max_length=min(int(limit) for limit in limits if limit),
-            token_types=config.get("type_vocab_size", 2) > 0,
-        )
+        if sentence_settings.get("do_lower_case") and not getattr(backend.normalizer, "lowercase", False):
+            raise CheckpointError(
+                f"{directory / 'sentence_bert_config.json'} says do_lower_case but the tokenizer is cased, "
+                "which is not supported: set it to false, or lower-case in tokenizer_config.json"
+            )
+        limits = (settings.get("model_max_length"), sentence_settings.get("max_seq_length"))
+        max_length = min([config.max_position_embeddings, *(int(limit) for limit in limits if limit)])
+        try:
+            return cls(backend, max_length=max_length, token_types=config.type_vocab_size > 0)
+        except ValueError as error:
+            raise CheckpointError(f"{directory}: {error}") from error
 
     def __call__(
         self,
@@ -94,11 +100,10 @@ class Tokenizer:
             TypeError: not a string (which one is named).
             ValueError: nothing to tokenize, a lone surrogate, unequal numbers of texts and pairs.
         """
-        firsts = [texts] if isinstance(texts, str) else list(texts)
+        firsts = as_list(texts)
         if not firsts:
             raise ValueError("no texts to tokenize: the batch is empty")
-        seconds = [text_pairs] if isinstance(text_pairs, str) else text_pairs
-        rows = self._encode(firsts, None if seconds is None else list(seconds), max_length)
+        rows = self._encode(firsts, None if text_pairs is None else as_list(text_pairs), max_length)
         batch = {
             "input_ids": pad([row.ids for row in rows], self.pad_token_id),
             "attention_mask": pad([row.attention_mask for row in rows], 0),
@@ -107,9 +112,9 @@ class Tokenizer:
             batch["token_type_ids"] = pad([row.type_ids for row in rows], 0)
         return batch
 
-    def token_ids(self, texts: Sequence[str], *, max_length: int | None = None) -> list[list[int]]:
+    def token_ids(self, texts: str | Sequence[str], *, max_length: int | None = None) -> list[list[int]]:
         """The ids of each text, cut but not padded. Raises as `__call__`, but takes an empty list."""
-        return [row.ids for row in self._encode(list(texts), None, max_length)]
+        return [row.ids for row in self._encode(as_list(texts), None, max_length)]
 
     def _encode(
         self, texts: list[str], pairs: list[str] | None, max_length: int | None
@@ -123,23 +128,30 @@ class Tokenizer:
             inputs = list(zip(texts, pairs, strict=True))
         limit = self.max_length if max_length is None else max_length
         special = self.backend.num_special_tokens_to_add(pairs is not None)
-        if limit < special:
-            raise ValueError(f"max_length is {limit}, but the special tokens alone are {special}")
-        self.backend.enable_truncation(limit)
-        try:
-            rows = self.backend.encode_batch_fast(inputs)
-        finally:
-            self.backend.no_truncation()
+        if type(limit) is not int or limit < special:
+            raise ValueError(
+                f"max_length is {limit!r}, it must be an integer from {special} (special tokens) up"
+            )
+        with TRUNCATION:
+            self.backend.enable_truncation(limit)
+            try:
+                rows = self.backend.encode_batch_fast(inputs)
+            finally:
+                self.backend.no_truncation()
         if cut := sum(bool(row.overflowing) for row in rows):
-            were = "text was" if cut == 1 else "texts were"
-            warnings.warn(f"{cut} of {len(rows)} {were} cut to {limit} tokens", stacklevel=3)
+            warnings.warn(f"{cut} of {len(rows)} texts cut to {limit} tokens", stacklevel=3)
         return rows
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json as transformers reads them, by name."""
-        normalizer = json.loads(self.backend.to_str()).get("normalizer") or {}
+        with TRUNCATION:
+            serialised = self.backend.to_str(pretty=True)
+        normalizer = json.loads(serialised).get("normalizer") or {}
         settings = {
-            "tokenizer_class": "BertTokenizer",
+            # transformers rebuilds the normalizer of a BertTokenizer from the three lines below
+            "tokenizer_class": "BertTokenizer"
+            if normalizer.get("type") == "BertNormalizer"
+            else "PreTrainedTokenizerFast",
             "do_lower_case": normalizer.get("lowercase", True),
             "strip_accents": normalizer.get("strip_accents"),
             "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
@@ -147,7 +159,7 @@ class Tokenizer:
             **{f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS},
         }
         return {
-            "tokenizer.json": self.backend.to_str(pretty=True).encode(),
+            "tokenizer.json": serialised.encode(),
             "tokenizer_config.json": to_json(settings),
         }
 
@@ -156,6 +168,13 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Rows of unequal length -> (B, T) int64, filled up with `value` on the right."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+
+
+def as_list(texts: str | Iterable[str]) -> list[str]:
+    """One text or several -> a list. Raises TypeError for what is neither."""
+    if isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable):
+        raise TypeError(f"the texts are {type(texts).__name__}, they must be a string or several")
+    return [texts] if isinstance(texts, str) else list(texts)
 
 
 def check_texts(texts: Sequence[object]) -> None:
@@ -172,8 +191,17 @@ def check_texts(texts: Sequence[object]) -> None:
             ) from error
 
 
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+def _read_settings(path: Path) -> dict[str, Any]:
+    """A file of settings that need not be there, those we use checked."""
+    settings: dict[str, Any] = read_json(path) if path.is_file() else {}
+    for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars"):
+        if settings.get(name) not in (None, True, False):
+            raise CheckpointError(f"{path}: {name} is {settings[name]!r}, it must be true, false or null")
+    for name in ("model_max_length", "max_seq_length"):
+        limit = settings.get(name, 1)
+        if limit is not None and (type(limit) not in (int, float) or limit < 1 or limit % 1 != 0):
+            raise CheckpointError(f"{path}: {name} is {limit!r}, it must be a number of tokens")
+    return settings
 
 
 def _from_tokenizer_json(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -203,7 +231,7 @@ def _from_vocabulary(path: Path, settings: dict[str, Any]) -> tokenizers.Tokeniz
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    vocabulary = {token.removesuffix("\r"): index for index, token in enumerate(lines)}
+    vocabulary = {token: index for index, token in enumerate(lines)}
     if missing := [token for token in SPECIAL_TOKENS if token not in vocabulary]:
         raise CheckpointError(f"{path} lacks the tokens {', '.join(missing)}: it is not BERT's vocabulary")
     backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))

@@ -1,6 +1,7 @@
 """Reading and writing checkpoints: layouts, names, memory, and everything that can be wrong with one."""
 
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable, Mapping
@@ -137,7 +138,7 @@ def test_dtype_as_stored_or_converted(copy: Path, dtype: torch.dtype) -> None:
 
 
 def test_integer_dtype_is_refused(copy: Path) -> None:
-    with pytest.raises(ValueError, match=r"dtype is torch.int64, it must be a floating-point type"):
+    with pytest.raises(ValueError, match=r"dtype is torch.int64, it must be torch.float32, bfloat16"):
         BertModel.from_pretrained(copy, dtype=torch.int64)
 
 
@@ -149,6 +150,13 @@ def test_parameters_are_the_files_memory(tiny: Path) -> None:
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     starts = {published[key].data_ptr() - header[key]["data_offsets"][0] for key in published}
     assert len(starts) == 1
+    address = published["pooler.dense.bias"].data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(part, 16) for part in line.split()[0].split("-"))
+        if first <= address < last:
+            assert line.endswith(str(tiny / "model.safetensors"))
+            return
+    pytest.fail("the parameters are nowhere in the process's memory map")
 
 
 def test_training_never_touches_the_file(copy: Path) -> None:
@@ -158,7 +166,9 @@ def test_training_never_touches_the_file(copy: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(1)
     assert (copy / "model.safetensors").read_bytes() == before
+    os.link(copy / "model.safetensors", copy / "old")
     model.save_pretrained(copy)  # over the very file that is mapped
+    assert (copy / "old").read_bytes() == before  # it was replaced, not written into
     assert_same_weights(BertModel.from_pretrained(copy), model)
 
 
@@ -212,6 +222,43 @@ def test_a_full_disk_leaves_nothing_and_changes_nothing(copy: Path, tmp_path: Pa
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_saving_into_odd_places(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = BertModel.from_pretrained(tiny)
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    (tmp_path / "here" / "below" / "config.json").write_text("mine")
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    model.save_pretrained("..")
+    assert Path("config.json").read_text() == "mine"
+    assert_same_weights(BertModel.from_pretrained(tmp_path / "here"), model)
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    model.save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == [
+        "below",
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_nothing_is_replaced_if_one_target_cannot_be(copy: Path) -> None:
+    model = BertModel.from_pretrained(copy)
+    before = (copy / "model.safetensors").read_bytes()
+    (copy / "config.json").unlink()
+    (copy / "config.json").mkdir()
+    with torch.no_grad():
+        model.embeddings.word.weight.add_(1)
+    with pytest.raises(CheckpointError, match=r"cannot be written: its config.json is a directory"):
+        model.save_pretrained(copy)
+    assert (copy / "model.safetensors").read_bytes() == before
+
+
+def test_tied_layers_are_written_twice(tiny: Path, tmp_path: Path) -> None:
+    model = BertModel.from_pretrained(tiny)
+    model.layers[1] = model.layers[0]
+    model.save_pretrained(tmp_path / "tied")
+    assert_same_weights(BertModel.from_pretrained(tmp_path / "tied"), model)
 
 
 def test_save_over_a_file_is_refused(tiny: Path, tmp_path: Path) -> None:
@@ -280,6 +327,13 @@ def test_half_a_pooler_is_missing_the_other_half(copy: Path) -> None:
     assert "missing pooler.dense.bias" in message
 
 
+def test_a_foreign_checkpoint_is_a_short_error(copy: Path) -> None:
+    foreign = {f"model.block_{i}.w": torch.ones(1) for i in range(500)}
+    message = error_of(rewrite(copy, lambda _: foreign))
+    assert "and 488 more" in message
+    assert len(message) < 3000
+
+
 def test_mixed_dtypes_need_a_choice(copy: Path) -> None:
     def mix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return tensors | {"pooler.dense.bias": tensors["pooler.dense.bias"].half()}
@@ -340,11 +394,15 @@ def test_bin_only(copy: Path, tmp_path: Path) -> None:
 def test_convert_refuses_what_is_not_tensors(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no pytorch_model.bin to convert"):
         convert(copy, tmp_path / "out")
-    (copy / "pytorch_model.bin").write_bytes(b"nonsense")
-    with pytest.raises(CheckpointError, match="cannot be read as tensors"):
+    for damaged in (b"nonsense", b"", b"<html>", b"\x80\x02}q\x00.", b"PK\x03\x04" + bytes(50)):
+        (copy / "pytorch_model.bin").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"cannot be read as tensors"):
+            convert(copy, tmp_path / "out")
+    torch.save({5: torch.ones(1)}, copy / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"does not hold named tensors alone"):
         convert(copy, tmp_path / "out")
     torch.save([1, 2], copy / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="does not hold named tensors, it holds a list"):
+    with pytest.raises(CheckpointError, match=r"does not hold named tensors alone \(it holds a list"):
         convert(copy, tmp_path / "out")
     torch.save({"a": Path("x")}, copy / "pytorch_model.bin")  # would run code when unpickled
     with pytest.raises(CheckpointError, match="cannot be read as tensors"):
@@ -368,6 +426,10 @@ def test_no_weights_no_config(copy: Path) -> None:
         ("[]", "holds a JSON list, not a dict"),
         ('{"model_type": "roberta"}', "says model_type 'roberta': only 'bert' and 'distilbert' are supported"),
         ('{"model_type": 3}', "says model_type 3"),
+        (
+            '{"hidden_size": 7.5, "vocab_size": null}',
+            "vocab_size is None, it must be an integer from 1 up; hidden_size is 7.5",
+        ),
         ('{"hidden_act": "mish"}', "config.json: hidden_act 'mish' is not supported"),
         ('{"position_embedding_type": "relative_key"}', "config.json: position_embedding_type 'relative_key'"),
     ],
@@ -404,11 +466,24 @@ def shard(directory: Path, weight_map: object) -> Path:
         (None, "has no weight_map"),
         ({}, "has no weight_map"),
         ({"pooler.dense.bias": "b.safetensors"}, "lists shards that are not there: b.safetensors"),
+        ({"pooler.dense.bias": "config.json"}, "config.json is not a whole safetensors file"),
         ({"x": "a.safetensors"}, "lists 1 tensors that no shard holds, the first is x"),
     ],
 )
 def test_bad_index(copy: Path, weight_map: object, message: str) -> None:
     assert message in error_of(shard(copy, weight_map))
+
+
+def test_the_index_says_which_shard_counts(copy: Path) -> None:
+    whole = weights_of(copy)
+    shard(copy, dict.fromkeys(whole, "a.safetensors") | {"pooler.dense.bias": "b.safetensors"})
+    save_file(
+        {"pooler.dense.bias": torch.full((36,), 5.0), "pooler.dense.weight": torch.zeros(36, 36)},
+        copy / "b.safetensors",
+    )
+    tensors = load_checkpoint(copy).tensors
+    assert torch.equal(tensors["pooler.dense.bias"], torch.full((36,), 5.0))
+    assert torch.equal(tensors["pooler.dense.weight"], whole["pooler.dense.weight"])
 
 
 def test_load_checkpoint_reads_fields_and_our_names(tiny: Path) -> None:

@@ -6,6 +6,7 @@ import pty
 import subprocess
 import sys
 import termios
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,14 @@ def test_normalize_and_batch_size(expected: np.ndarray, tmp_path: Path) -> None:
     np.testing.assert_allclose(raw / np.linalg.norm(raw, axis=1, keepdims=True), expected, atol=5e-7)
 
 
+def test_a_long_sentence_is_no_file_name(expected: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["encode", *MODEL, "word " * 100]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(["encode", *MODEL, "word " * 300]) == 0
+    assert capsys.readouterr().err == "minibert: warning: 1 of 1 texts cut to 256 tokens\n"
+
+
 def test_long_input_is_shown_in_part(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["encode", *MODEL, *map(str, range(25))]) == 0
     printed = capsys.readouterr().out
@@ -106,6 +115,11 @@ def test_progress_bar_on_a_terminal_only(tmp_path: Path) -> None:
     [
         (["-o", "out.txt", "a"], b"", "cannot write out.txt: its name must end in .npy or .safetensors"),
         (["-o", "no/such/out.npy", "a"], b"", "no/such is no directory that can be written to"),
+        (["missing.txt"], b"", "No such file or directory: 'missing.txt'"),
+        (["."], b"", "Is a directory: '.'"),
+        (["a sentence", "missing.txt"], b"", "missing.txt is a file among sentences: give one file alone"),
+        (["--model", "", "a"], b"", "no model ''"),
+        (["--model", "x" * 300, "a"], b"", "no model 'xxx"),
         (["--batch-size", "0", "a"], b"", "batch_size is 0, it must be an integer from 1 up"),
         (["-"], b"", "standard input is empty: nothing to encode"),
         (["-"], b"fine\nb\xe4d\n", "standard input, line 2: not UTF-8 (byte 0xe4 at position 1)"),

@@ -81,8 +81,17 @@ def test_poolings_by_formula() -> None:
     expected = torch.stack([hidden[0].mean(0), (hidden[1, 2] + hidden[1, 4]) / 2, hidden[2, 0]])
     torch.testing.assert_close(mean_pooling(hidden, mask), expected)
     assert torch.equal(cls_pooling(hidden, mask), torch.stack([hidden[0, 0], hidden[1, 2], hidden[2, 0]]))
-    assert mean_pooling(hidden.bfloat16(), mask).dtype == torch.float32
-    assert cls_pooling(hidden.bfloat16(), mask).dtype == torch.float32
+    half = hidden.bfloat16()  # is summed in float32
+    for pooling in (mean_pooling, cls_pooling):
+        assert torch.equal(pooling(half, mask), pooling(half.float(), mask))
+
+
+@pytest.mark.parametrize("pooling", [mean_pooling, cls_pooling])
+def test_poolings_refuse_a_bad_mask(pooling: Any) -> None:
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1\), it must be \(2, 5\)"):
+        pooling(torch.ones(2, 5, 7), torch.ones(2, 1))
+    with pytest.raises(ValueError, match=r"attention_mask\[0, 0\] is -1.0, it must be 1 for a token"):
+        pooling(torch.ones(2, 5, 7), -torch.ones(2, 5))
 
 
 def test_outputs_asked_for_and_not(model: BertModel) -> None:
@@ -133,6 +142,7 @@ IDS = random_ids(2, 5)
     ("arguments", "error", "message"),
     [
         ({"input_ids": [[1, 2]]}, TypeError, "input_ids is list, it must be a tensor of int64 or int32"),
+        ({"input_ids": {"input_ids": IDS}}, TypeError, "input_ids is dict, it must be a tensor of int64 or int32: call model(**batch)"),
         ({"input_ids": torch.ones(2, 5)}, TypeError, "input_ids is torch.float32, it must be a tensor of int64"),
         ({"input_ids": IDS[0]}, ValueError, "input_ids has shape (5,), it must be (batch, tokens)"),
         ({"input_ids": IDS[:0]}, ValueError, "input_ids has shape (0, 5), it must be (batch, tokens) and not empty"),
@@ -140,7 +150,7 @@ IDS = random_ids(2, 5)
         ({"input_ids": torch.tensor([[1, 2], [3, 97]])}, ValueError, "input_ids[1, 1] is 97, it must be from 0 to 96"),
         ({"input_ids": torch.tensor([[1, -1]])}, ValueError, "input_ids[0, 1] is -1"),
         ({"input_ids": random_ids(1, 20)}, ValueError, "input_ids is 20 tokens long, this model has positions for 19"),
-        ({"attention_mask": torch.ones(2, 4)}, ValueError, "attention_mask has shape (2, 4), input_ids (2, 5)"),
+        ({"attention_mask": torch.ones(2, 4)}, ValueError, "attention_mask has shape (2, 4), it must be (2, 5)"),
         ({"attention_mask": torch.ones(2, 1, 1, 5)}, ValueError, "attention_mask has shape (2, 1, 1, 5)"),
         ({"attention_mask": torch.full((2, 5), 2)}, ValueError, "attention_mask[0, 0] is 2, it must be 1 for a token"),
         ({"attention_mask": torch.full((2, 5), -1e4)}, ValueError, "attention_mask[0, 0] is -10000.0"),
@@ -181,6 +191,8 @@ def test_model_without_token_types_refuses_them() -> None:
         ({"vocab_size": "many"}, "vocab_size is 'many', it must be an integer from 1 up"),
         ({"vocab_size": True}, "vocab_size is True"),
         ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob is 1.5, it must be a number from 0 up to 1"),
+        ({"pad_token_id": 0.0}, "pad_token_id is 0.0, it must be an integer or null"),
+        ({"pad_token_id": True}, "pad_token_id is True"),
         ({"pad_token_id": 30522}, "pad_token_id 30522 is not in the vocabulary"),
         (
             {"position_embedding_type": "relative_key"},

@@ -282,6 +282,14 @@ def test_cache_without_tokenizer_is_completed(hub: Hub, shell: Shell, published:
     assert hub.downloads() == ["vocab.txt"]
 
 
+def test_a_model_without_tokenizer_loads_from_the_cache(hub: Hub, shell: Shell, published: Path) -> None:
+    (published / "vocab.txt").unlink()
+    hub.repos["org/tiny"] = published
+    code = "from minibert import BertModel; print(BertModel.from_pretrained('org/tiny').config.hidden_size)"
+    assert shell.run("-c", code).stdout == "36\n"
+    assert shell.run("-c", code, HF_HUB_OFFLINE="1").stdout == "36\n"
+
+
 def test_token_is_sent(hub: Hub, shell: Shell, published: Path) -> None:
     hub.repos["org/secret"] = published
     hub.private.add("org/secret")

@@ -78,6 +78,21 @@ def test_order_is_kept_whatever_the_batches(encoder: SentenceEncoder, batch_size
     np.testing.assert_allclose(encoder.encode(texts, batch_size), alone, atol=5e-7)
 
 
+def test_batches_are_cut_from_the_sorted_sentences(encoder: SentenceEncoder) -> None:
+    shapes = []
+    hook = encoder.model.register_forward_pre_hook(
+        lambda _, arguments: shapes.append(tuple(arguments[0].shape))
+    )
+    encoder.encode(["a", "a b c d", "a b", "a b c", "a b c d e"], batch_size=2)
+    hook.remove()
+    assert shapes == [(2, 7), (2, 5), (1, 3)]
+
+
+def test_cut_sentences_are_said(tiny_encoder: SentenceEncoder) -> None:
+    with pytest.warns(UserWarning, match="1 of 2 texts cut to 256 tokens"):
+        tiny_encoder.encode(["word " * 300, "short"])
+
+
 def test_normalisation_is_the_checkpoints_unless_told(
     encoder: SentenceEncoder, tiny_encoder: SentenceEncoder
 ) -> None:
@@ -186,8 +201,8 @@ def test_a_cased_tokenizer_survives_saving(minilm: Path, tmp_path: Path) -> None
     ("arguments", "error", "message"),
     [
         ({"sentences": ["a", 3]}, TypeError, "text 1 is int (3), it must be a string"),
-        ({"sentences": 3}, TypeError, "sentences is int, it must be a string or several"),
-        ({"sentences": b"abc"}, TypeError, "sentences is bytes"),
+        ({"sentences": 3}, TypeError, "the texts are int, they must be a string or several"),
+        ({"sentences": b"abc"}, TypeError, "the texts are bytes"),
         ({"sentences": ["a", "\udc00"]}, ValueError, "text 1 is not valid Unicode"),
         ({"sentences": ["a"], "batch_size": 0}, ValueError, "batch_size is 0, it must be an integer from 1 up"),
         ({"sentences": ["a"], "batch_size": -1}, ValueError, "batch_size is -1"),
@@ -212,8 +227,12 @@ def test_unknown_pooling_is_refused(tiny_encoder: SentenceEncoder) -> None:
     [
         ([("Transformer", ""), ("Dense", "2_Dense")], {}, "has modules that are not supported: Dense"),
         ([("Transformer", "0_Transformer")], {}, "keeps the encoder in 0_Transformer/: give that directory"),
-        ([("Pooling", "p")], {"pooling_mode_max_tokens": True}, "asks for ['pooling_mode_max_tokens'] pooling"),
-        ([("Pooling", "p")], {"pooling_mode": "lasttoken"}, "asks for ['lasttoken'] pooling"),
+        (
+            [("Pooling", "p")],
+            {"pooling_mode_max_tokens": True},
+            "asks for pooling by ['pooling_mode_max_tokens']",
+        ),
+        ([("Pooling", "p")], {"pooling_mode": "lasttoken"}, "asks for pooling by ['lasttoken']"),
         (
             [("Pooling", "p")],
             {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True},
@@ -234,6 +253,14 @@ def test_steps_it_does_not_do_are_refused(
     with pytest.raises(CheckpointError) as caught:
         SentenceEncoder.from_pretrained(tmp_path)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", [{"default_prompt_name": "query"}, {"truncate_dim": 100}])
+def test_prompts_and_truncation_are_refused(minilm: Path, tmp_path: Path, setting: dict[str, Any]) -> None:
+    shutil.copy(minilm / "config.json", tmp_path)
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(setting))
+    with pytest.raises(CheckpointError, match=f"{next(iter(setting))} .* is not supported, only null"):
+        SentenceEncoder.from_pretrained(tmp_path)
 
 
 def test_it_is_a_module(encoder: SentenceEncoder) -> None:

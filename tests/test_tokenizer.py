@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,8 @@ def test_cut_texts_are_counted_once_per_call(minilm: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert tokenizer(["word " * 300, "short", "word " * 254, "word " * 255])["input_ids"].shape == (4, 256)
-    assert [str(w.message) for w in caught] == ["2 of 4 texts were cut to 256 tokens"]
-    with pytest.warns(UserWarning, match="1 of 1 text was cut to 4 tokens"):
+    assert [str(w.message) for w in caught] == ["2 of 4 texts cut to 256 tokens"]
+    with pytest.warns(UserWarning, match="1 of 1 texts cut to 4 tokens"):
         tokenizer("one two three", max_length=4)
 
 
@@ -179,9 +180,24 @@ def test_windows_line_ends_in_a_vocabulary(minilm: Path, tmp_path: Path) -> None
             "text 1 is not valid Unicode: character 4 is a lone surrogate ('\\ud800')",
         ),
         (["a", "b"], ["c"], {}, ValueError, "2 texts but 1 text_pairs"),
-        (["a"], None, {"max_length": 1}, ValueError, "max_length is 1, but the special tokens alone are 2"),
-        (["a"], ["b"], {"max_length": 2}, ValueError, "max_length is 2, but the special tokens alone are 3"),
+        (
+            ["a"],
+            None,
+            {"max_length": 1},
+            ValueError,
+            "max_length is 1, it must be an integer from 2 (special tokens) up",
+        ),
+        (
+            ["a"],
+            ["b"],
+            {"max_length": 2},
+            ValueError,
+            "max_length is 2, it must be an integer from 3 (special tokens) up",
+        ),
         (["a"], None, {"max_length": -1}, ValueError, "max_length is -1"),
+        (["a"], None, {"max_length": 5.5}, ValueError, "max_length is 5.5"),
+        (5, None, {}, TypeError, "the texts are int, they must be a string or several"),
+        ({"a": "b"}, None, {}, TypeError, "the texts are dict"),
     ],
 )
 def test_bad_texts(
@@ -190,6 +206,54 @@ def test_bad_texts(
     with pytest.raises(error) as caught:
         Tokenizer.from_pretrained(minilm)(texts, pairs, **options)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "message"),
+    [
+        (
+            "tokenizer_config.json",
+            {"model_max_length": "x"},
+            "model_max_length is 'x', it must be a number of tokens",
+        ),
+        ("tokenizer_config.json", {"model_max_length": float("inf")}, "model_max_length is inf"),
+        (
+            "tokenizer_config.json",
+            {"do_lower_case": "yes"},
+            "do_lower_case is 'yes', it must be true, false or null",
+        ),
+        ("sentence_bert_config.json", {"max_seq_length": -5}, "max_seq_length is -5"),
+        ("sentence_bert_config.json", {"max_seq_length": 64.5}, "max_seq_length is 64.5"),
+        ("config.json", {"type_vocab_size": None}, "type_vocab_size is None, it must be an integer from 0 up"),
+    ],
+)
+def test_bad_settings(minilm: Path, tmp_path: Path, file: str, settings: dict[str, Any], message: str) -> None:
+    directory = layout(minilm, tmp_path / "model", ["vocab.txt"])
+    (directory / file).write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError) as caught:
+        Tokenizer.from_pretrained(directory)
+    assert f"{directory / file}: {message}" in str(caught.value)
+
+
+def test_sentence_transformers_lower_casing(minilm: Path, tmp_path: Path) -> None:
+    directory = layout(minilm, tmp_path / "model", ["vocab.txt"])
+    (directory / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    Tokenizer.from_pretrained(directory)  # it lower-cases anyway
+    (directory / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    with pytest.raises(CheckpointError, match="says do_lower_case but the tokenizer is cased"):
+        Tokenizer.from_pretrained(directory)
+
+
+def test_threads_do_not_disturb_each_other(minilm: Path) -> None:
+    tokenizer = Tokenizer.from_pretrained(minilm)
+    limits = [16, 32, 64, 128] * 24
+
+    def longest(limit: int) -> int:
+        return len(tokenizer.token_ids("word " * 300, max_length=limit)[0])
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
+        warnings.simplefilter("ignore")
+        assert list(pool.map(longest, limits)) == limits
 
 
 def test_bad_files(minilm: Path, tmp_path: Path) -> None:

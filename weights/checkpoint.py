@@ -54,11 +54,11 @@ class Checkpoint:
         ]
         problems = [*self.problems]
         if missing:
-            problems.append(f"missing {', '.join(collapse_layers(missing))}")
+            problems.append(f"missing {_listed(missing)}")
         if extra:
-            problems.append(f"unexpected {', '.join(collapse_layers(extra))}")
+            problems.append(f"unexpected {_listed(extra)}")
         if wrong_shape:
-            problems.append(f"other shapes than config.json says, {', '.join(collapse_layers(wrong_shape))}")
+            problems.append(f"other shapes than config.json says, {_listed(wrong_shape)}")
         problems += _dtype_problems({self.published[k]: t.dtype for k, t in found.items()}, dtype)
         if problems:
             raise CheckpointError(f"{self.directory}: the weights do not fit: {'; '.join(problems)}")
@@ -105,7 +105,7 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
         else:
             tensors[ours], published[ours] = tensor, key
     if unknown:
-        problems.append(f"unknown {', '.join(collapse_layers(unknown))}")
+        problems.append(f"unknown {_listed(unknown)}")
     return Checkpoint(directory, config, tensors, published, problems)
 
 
@@ -153,6 +153,12 @@ def save_checkpoint(
             **(other_files or {}),
         },
     )
+
+
+def _listed(lines: Iterable[str], most: int = 12) -> str:
+    collapsed = collapse_layers(lines)
+    more = [f"and {len(collapsed) - most} more"] if len(collapsed) > most else []
+    return ", ".join(collapsed[:most] + more)
 
 
 def collapse_layers(lines: Iterable[str]) -> list[str]:

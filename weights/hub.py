@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os.path
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ OPTIONAL_FILES = (
     "tokenizer_config.json",
     "modules.json",
     "sentence_bert_config.json",
+    "config_sentence_transformers.json",
     "1_Pooling/config.json",
 )
 
@@ -34,12 +36,12 @@ def resolve(name_or_path: str | Path) -> Path:
         ModelNotFoundError: the name is unknown, or neither on disk nor reachable.
         CheckpointError: a downloaded file is not the one the catalog pins.
     """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    # os.path's questions answer False for a name that no path can have; Path's raise.
+    name, path = str(name_or_path), os.path.expanduser(name_or_path)  # noqa: PTH111
+    if name and os.path.isdir(path):  # noqa: PTH112
+        return Path(path)
+    if os.path.isfile(path):  # noqa: PTH113
         raise ModelNotFoundError(f"{path} is a file: give the directory that contains it")
-    name = str(name_or_path)
     entry = find(name)
     if entry is None and not _is_repo_id(name):
         known = ", ".join(e.name for e in CATALOG)
@@ -47,10 +49,17 @@ def resolve(name_or_path: str | Path) -> Path:
             f"no model {name!r}: it is neither a directory here, nor one of {known}, "
             "nor a hub repository written org/name"
         )
-    return on_disk(name) or download(name)
+    if found := on_disk(name):
+        return found
+    try:
+        return download(name)
+    except ModelNotFoundError:
+        if found := on_disk(name, with_tokenizer=False):  # the hub cannot complete it: enough for a BertModel
+            return found
+        raise
 
 
-def on_disk(name: str) -> Path | None:
+def on_disk(name: str, with_tokenizer: bool = True) -> Path | None:
     """Where a catalog name or `org/name` lies on this disk, or None. Touches no network."""
     entry = find(name)
     candidates = [Path(__file__).parent / name]
@@ -59,7 +68,7 @@ def on_disk(name: str) -> Path | None:
     for candidate in candidates:
         if (candidate / "config.json").is_file():
             return candidate
-    return next((s for s in _cached_snapshots(name) if _is_complete(s)), None)
+    return next((s for s in _cached_snapshots(name) if _is_complete(s, with_tokenizer)), None)
 
 
 def _is_repo_id(name: str) -> bool:
@@ -94,7 +103,7 @@ def _cached_snapshots(name: str) -> Iterator[Path]:
             yield storage / "snapshots" / commit
 
 
-def _is_complete(snapshot: Path) -> bool:
+def _is_complete(snapshot: Path, with_tokenizer: bool) -> bool:
     """Whether a snapshot has config, weights and a tokenizer: transformers may have fetched less."""
     if (snapshot / INDEX).is_file():
         shards = set(map(str, _weight_map(snapshot / INDEX).values()))
@@ -102,7 +111,7 @@ def _is_complete(snapshot: Path) -> bool:
     else:
         has_weights = any((snapshot / file).is_file() for file in (SINGLE, PICKLES[0]))
     has_tokenizer = any((snapshot / file).is_file() for file in TOKENIZER_FILES)
-    return has_weights and has_tokenizer and (snapshot / "config.json").is_file()
+    return has_weights and (has_tokenizer or not with_tokenizer) and (snapshot / "config.json").is_file()
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -54,8 +54,16 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     if missing:
         raise CheckpointError(f"{index} lists shards that are not there: {', '.join(missing)}")
     tensors: dict[str, Tensor] = {}
+    problems = []
     for shard in shards:
-        tensors |= _read_file(index.parent / Path(shard).name)
+        try:
+            held = _read_file(index.parent / Path(shard).name)
+        except CheckpointError as error:
+            problems.append(str(error))
+        else:
+            tensors |= {key: t for key, t in held.items() if weight_map.get(key, shard) == shard}
+    if problems:
+        raise CheckpointError("; ".join(problems))
     if absent := sorted(set(weight_map) - set(tensors)):
         raise CheckpointError(
             f"{index} lists {len(absent)} tensors that no shard holds, the first is {absent[0]}"
@@ -100,28 +108,34 @@ def _what_it_is(path: Path) -> str:
 
 
 def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Tensor]]) -> None:
-    """Writes every file of `files` (relative name -> bytes, or tensors as safetensors), or none.
+    """Writes files (relative name -> bytes, or tensors as safetensors), all of them or none.
 
-    Everything is written and flushed beside the destination first. A new directory then appears
-    in one rename; in an existing one each file is replaced whole, in the order given.
+    Everything is written and flushed to a temporary place first. A new directory then appears in
+    one rename; in an existing one each file is replaced whole, in the order given.
 
     Raises:
         CheckpointError: the destination cannot be written.
     """
+    directory = Path(os.path.realpath(directory))  # `..` and links have no place to rename to
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file: give a directory to save into")
+    if taken := next((name for name in files if (directory / name).is_dir()), None):
+        raise CheckpointError(f"{directory} cannot be written: its {taken} is a directory")
+    exists = directory.is_dir()
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        if directory.exists() and not directory.is_dir():
-            raise CheckpointError(f"{directory} is a file: give a directory to save into")
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory.parent) as staging:
-            fresh = Path(staging) / directory.name
+        place = directory if exists else directory.parent  # on the same file system in either case
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=place) as staging:
+            fresh = Path(staging) / "fresh"
             for name, content in files.items():
                 _write(fresh / name, content)
-            if not directory.exists():
+            if not exists:
                 fresh.rename(directory)
-            else:
-                for name in files:
-                    (directory / name).parent.mkdir(parents=True, exist_ok=True)
-                    (fresh / name).replace(directory / name)
+                return
+            for name in files:
+                (directory / name).parent.mkdir(exist_ok=True)
+            for name in files:
+                (fresh / name).replace(directory / name)
     except (OSError, SafetensorError) as error:  # a full disk comes as the latter
         raise CheckpointError(f"{directory} cannot be written: {error}") from error
 
@@ -133,8 +147,20 @@ def _write(path: Path, content: bytes | Mapping[str, Tensor]) -> None:
         path.write_bytes(content)
     else:
         permissions = path.stat().st_mode  # safetensors would leave the file readable by its owner only
-        tensors = {key: tensor.detach().contiguous() for key, tensor in content.items()}
-        save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses files without it
+        # transformers refuses files that do not say "pt"
+        save_file(_unshared(content), path, metadata={"format": "pt"})
         path.chmod(permissions)
     with path.open("r+b") as file:
         os.fsync(file.fileno())
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor with memory of its own, as safetensors wants it: tied weights are written twice."""
+    separate: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        whole = tensor.detach().contiguous()
+        memory = whole.untyped_storage().data_ptr()
+        separate[key] = whole.clone() if memory in seen else whole
+        seen.add(memory)
+    return separate

@@ -1,4 +1,4 @@
-"""The script the system was described with, on its sentences, against `encode`."""
+"""`encode` against what a script with transformers would write: tokenizer, AutoModel, masked mean."""
 
 from pathlib import Path
 

@@ -111,9 +111,10 @@ def test_base_size(base_size: Path, attention: str, training: bool, steps: int) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "dropout"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_base_size_in_other_dtypes(base_size: Path, attention: str, dtype: torch.dtype) -> None:
-    assert_same_training(base_size, attention, dtype, training=True, steps=1)
+def test_base_size_in_other_dtypes(base_size: Path, attention: str, dtype: torch.dtype, training: bool) -> None:
+    assert_same_training(base_size, attention, dtype, training, steps=1)
 
 
 def test_distilbert(attention: str, tmp_path: Path) -> None:
