@@ -222,9 +222,14 @@ def test_bin_only_repository(hub: Hub, shell: Shell, published: Path) -> None:
     refused = shell.run("-m", "minibert", "encode", "--model", "org/old", "a")
     assert refused.returncode == 2
     assert "python -m minibert convert" in refused.stderr
-    assert shell.run("-m", "minibert", "convert", "org/old", "new").returncode == 0
+    assert shell.run("-m", "minibert", "convert", "org/old", "new", HF_HUB_OFFLINE="1").returncode == 0
     encoded = shell.run("-m", "minibert", "encode", "--model", "new", "a")
     assert encoded.returncode == 0, encoded.stderr
+
+    hub.asked.clear()  # published as safetensors since: the pickle in the cache does not stand in its way
+    shutil.copy(shell.home / "new" / "model.safetensors", published)
+    assert shell.fetch("org/old").returncode == 0
+    assert hub.downloads() == ["model.safetensors"]
 
 
 def test_pinned_revision_and_digest(hub: Hub, shell: Shell, minilm: Path) -> None:

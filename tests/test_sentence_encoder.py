@@ -197,6 +197,18 @@ def test_a_cased_tokenizer_survives_saving(minilm: Path, tmp_path: Path) -> None
     assert again.token_ids(["Hello hello É"]) == encoder.tokenizer.token_ids(["Hello hello É"])
 
 
+def test_an_unusual_normalizer_survives_saving(minilm: Path, tmp_path: Path) -> None:
+    from tokenizers.normalizers import NFC
+    from transformers import AutoTokenizer
+
+    encoder = SentenceEncoder.from_pretrained(minilm)
+    encoder.tokenizer.backend.normalizer = NFC()
+    encoder.save_pretrained(tmp_path)
+    expected = encoder.tokenizer.token_ids(["Hello e\u0301 world"])
+    assert Tokenizer.from_pretrained(tmp_path).token_ids(["Hello e\u0301 world"]) == expected
+    assert AutoTokenizer.from_pretrained(tmp_path)(["Hello e\u0301 world"])["input_ids"] == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

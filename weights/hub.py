@@ -54,13 +54,16 @@ def resolve(name_or_path: str | Path) -> Path:
     try:
         return download(name)
     except ModelNotFoundError:
-        if found := on_disk(name, with_tokenizer=False):  # the hub cannot complete it: enough for a BertModel
+        if found := on_disk(name, whole=False):  # what transformers needed may be enough here too
             return found
         raise
 
 
-def on_disk(name: str, with_tokenizer: bool = True) -> Path | None:
-    """Where a catalog name or `org/name` lies on this disk, or None. Touches no network."""
+def on_disk(name: str, whole: bool = True) -> Path | None:
+    """Where a catalog name or `org/name` lies on this disk, or None. Touches no network.
+
+    Unless `whole`, a cached snapshot may lack its tokenizer, or have its weights as a pickle only.
+    """
     entry = find(name)
     candidates = [Path(__file__).parent / name]
     if entry is not None:
@@ -68,7 +71,8 @@ def on_disk(name: str, with_tokenizer: bool = True) -> Path | None:
     for candidate in candidates:
         if (candidate / "config.json").is_file():
             return candidate
-    return next((s for s in _cached_snapshots(name) if _is_complete(s, with_tokenizer)), None)
+    pinned = entry.file if entry else SINGLE
+    return next((s for s in _cached_snapshots(name) if _can_be_used(s, pinned, whole)), None)
 
 
 def _is_repo_id(name: str) -> bool:
@@ -103,15 +107,16 @@ def _cached_snapshots(name: str) -> Iterator[Path]:
             yield storage / "snapshots" / commit
 
 
-def _is_complete(snapshot: Path, with_tokenizer: bool) -> bool:
-    """Whether a snapshot has config, weights and a tokenizer: transformers may have fetched less."""
+def _can_be_used(snapshot: Path, weights: str, whole: bool) -> bool:
+    """Whether a snapshot has all we need: transformers may have fetched less, or other files."""
     if (snapshot / INDEX).is_file():
         shards = set(map(str, _weight_map(snapshot / INDEX).values()))
         has_weights = all((snapshot / shard).is_file() for shard in shards)
     else:
-        has_weights = any((snapshot / file).is_file() for file in (SINGLE, PICKLES[0]))
-    has_tokenizer = any((snapshot / file).is_file() for file in TOKENIZER_FILES)
-    return has_weights and (has_tokenizer or not with_tokenizer) and (snapshot / "config.json").is_file()
+        names = (weights,) if whole else (weights, *PICKLES)
+        has_weights = any((snapshot / name).is_file() for name in names)
+    has_tokenizer = any((snapshot / name).is_file() for name in TOKENIZER_FILES)
+    return has_weights and (has_tokenizer or not whole) and (snapshot / "config.json").is_file()
 
 
 def _weight_map(index: Path) -> dict[str, str]:
