@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weights import CheckpointError, ModelNotFoundError, resolve
+from weights import resolve
 from weights.catalog import CATALOG, find
 from weights.convert import convert
 from weights.hub import verify
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (CheckpointError, ModelNotFoundError, ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:  # CheckpointError and ModelNotFoundError among them
         print(f"minibert: error: {error}", file=sys.stderr)
         return 2
 
