@@ -108,10 +108,13 @@ class BertConfig:
         Raises:
             ValueError: a value that the encoder does not support.
         """
-        for name, supported in UNSUPPORTED_UNLESS.items():
-            value = published.get(name, supported)
-            if value is not None and value != supported:
-                raise ValueError(f"{name} {value!r} is not supported, only {supported!r}")
+        unsupported = [
+            f"{name} {published[name]!r} is not supported, only {supported!r}"
+            for name, supported in UNSUPPORTED_UNLESS.items()
+            if published.get(name) not in (None, supported)
+        ]
+        if unsupported:
+            raise ValueError("; ".join(unsupported))
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in published.items() if name in known})
 

@@ -192,14 +192,15 @@ def check_texts(texts: Sequence[object]) -> None:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """A file of settings that need not be there, those we use checked."""
-    settings: dict[str, Any] = read_json(path) if path.is_file() else {}
+    """A file of settings that need not be there, those we use checked; null is as good as absent."""
+    published = read_json(path) if path.is_file() else {}
+    settings: dict[str, Any] = {name: value for name, value in published.items() if value is not None}
     for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars"):
-        if settings.get(name) not in (None, True, False):
+        if type(settings.get(name, True)) is not bool:
             raise CheckpointError(f"{path}: {name} is {settings[name]!r}, it must be true, false or null")
     for name in ("model_max_length", "max_seq_length"):
         limit = settings.get(name, 1)
-        if limit is not None and (type(limit) not in (int, float) or limit < 1 or limit % 1 != 0):
+        if type(limit) not in (int, float) or limit < 1 or limit % 1 != 0:
             raise CheckpointError(f"{path}: {name} is {limit!r}, it must be a number of tokens")
     return settings
 

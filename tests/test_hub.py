@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -182,6 +183,20 @@ def test_unknown_names(name: str, message: str) -> None:
 def test_a_file_is_not_a_directory(minilm: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"model.safetensors is a file: give the directory"):
         resolve(minilm / "model.safetensors")
+
+
+def test_a_directory_that_may_not_be_read() -> None:
+    directory = tempfile.mkdtemp()  # not below tmp_path, whose parents belong to its owner alone
+    Path(directory).chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)  # root may read anything
+        with pytest.raises(ModelNotFoundError, match=f"{directory} cannot be read: Permission denied"):
+            resolve(directory)
+    finally:
+        os.seteuid(user)
+        Path(directory).rmdir()
 
 
 # --- the hub -------------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ def layout(source: Path, directory: Path, files: list[str], **settings: Any) -> 
         (["vocab.txt"], {"do_lower_case": False}),
         (["vocab.txt"], {"strip_accents": False, "do_lower_case": True}),
         (["vocab.txt"], {"tokenize_chinese_chars": False}),
+        (["vocab.txt"], {"strip_accents": None, "model_max_length": None}),
     ],
     ids=str,
 )
@@ -158,6 +159,13 @@ def test_distilbert_has_no_token_types(minilm: Path, tmp_path: Path) -> None:
     assert tokenizer.max_length == 64
 
 
+def test_null_is_as_good_as_absent(minilm: Path, tmp_path: Path) -> None:
+    nothing = dict.fromkeys(("do_lower_case", "strip_accents", "tokenize_chinese_chars", "model_max_length"))
+    for files in (["vocab.txt"], ["tokenizer.json"]):
+        directory = layout(minilm, tmp_path / files[0], files, **nothing)
+        assert Tokenizer.from_pretrained(directory)("Héllo")["input_ids"].tolist() == [[101, 7592, 102]]
+
+
 def test_windows_line_ends_in_a_vocabulary(minilm: Path, tmp_path: Path) -> None:
     directory = layout(minilm, tmp_path / "model", ["vocab.txt"])
     (directory / "vocab.txt").write_bytes((directory / "vocab.txt").read_bytes().replace(b"\n", b"\r\n"))
@@ -222,6 +230,7 @@ def test_bad_texts(
             {"do_lower_case": "yes"},
             "do_lower_case is 'yes', it must be true, false or null",
         ),
+        ("tokenizer_config.json", {"strip_accents": 0}, "strip_accents is 0, it must be true, false or null"),
         ("sentence_bert_config.json", {"max_seq_length": -5}, "max_seq_length is -5"),
         ("sentence_bert_config.json", {"max_seq_length": 64.5}, "max_seq_length is 64.5"),
         ("config.json", {"type_vocab_size": None}, "type_vocab_size is None, it must be an integer from 0 up"),

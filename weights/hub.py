@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib.util
-import os.path
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +39,10 @@ def resolve(name_or_path: str | Path) -> Path:
     # os.path's questions answer False for a name that no path can have; Path's raise.
     name, path = str(name_or_path), os.path.expanduser(name_or_path)  # noqa: PTH111
     if name and os.path.isdir(path):  # noqa: PTH112
+        try:
+            os.listdir(path)  # noqa: PTH208
+        except OSError as error:
+            raise ModelNotFoundError(f"{path} cannot be read: {error.strerror}") from error
         return Path(path)
     if os.path.isfile(path):  # noqa: PTH113
         raise ModelNotFoundError(f"{path} is a file: give the directory that contains it")

@@ -19,10 +19,8 @@ def assert_equal_outputs(
     for name, inputs in random_inputs(ours.config, seed):
         with torch.no_grad():
             found = differences(ours(**inputs, **asked), reference(**inputs, **asked))
-        pieces = (
-            2 * ours.config.num_hidden_layers + 1 if attention == "eager" else ours.config.num_hidden_layers + 1
-        )
-        assert len(found) == pieces + 1 + (ours.pooler is not None)
+        per_layer = 2 if attention == "eager" else 1  # hidden state, attention map
+        assert len(found) == 2 + per_layer * ours.config.num_hidden_layers + (ours.pooler is not None)
         first = next((d for d in found if d.ulps), None)
         if first is not None:
             unequal.append(f"{name}: first {first}")
