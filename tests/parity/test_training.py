@@ -74,7 +74,8 @@ def assert_same_training(
         inputs = batch(ours.config, seed=i)
         losses = [step(model, inputs, training, seed=i) for model in (ours, reference)]
         assert torch.equal(*losses), f"step {i}: the losses are {losses}"
-        assert_same(ours, reference, "gradient")
+        if i == 0:  # later ones are in the parameters that are compared at the end
+            assert_same(ours, reference, "gradient")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -111,10 +112,12 @@ def test_base_size(base_size: Path, attention: str, training: bool, steps: int) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "dropout"])
+@pytest.mark.parametrize(("training", "steps"), [(False, 1), (True, 20)], ids=["eval", "dropout"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_base_size_in_other_dtypes(base_size: Path, attention: str, dtype: torch.dtype, training: bool) -> None:
-    assert_same_training(base_size, attention, dtype, training, steps=1)
+def test_base_size_in_other_dtypes(
+    base_size: Path, attention: str, dtype: torch.dtype, training: bool, steps: int
+) -> None:
+    assert_same_training(base_size, attention, dtype, training, steps)
 
 
 def test_distilbert(attention: str, tmp_path: Path) -> None:
