@@ -1,5 +1,6 @@
 """4 of 4: the whole encoder."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -78,15 +79,12 @@ class BertModel(nn.Module):
             raise ValueError(
                 f'output_attentions needs attention="eager": {self.attention} never forms the weights'
             )
-        attend = ATTENTION_FUNCTIONS[self.attention]
-        mask = expand_mask(attention_mask)  # (B, 1, T, T) or None
-        hidden = self.embeddings(input_ids, token_type_ids)  # (B, T, H)
-        hidden_states, attentions = [hidden], []
-        for layer in self.layers:
-            hidden, weights = layer(hidden, mask, attend)  # (B, T, H), (B, N, T, T) or None
+        embedded = self.embeddings(input_ids, token_type_ids)  # (B, T, H)
+        hidden_states, attentions = [embedded], []
+        for hidden, weights in self.run_layers(embedded, attention_mask):
             if output_hidden_states:
                 hidden_states.append(hidden)
-            if output_attentions:
+            if output_attentions and weights is not None:
                 attentions.append(weights)
         return BertModelOutput(
             last_hidden_state=hidden,
@@ -94,6 +92,20 @@ class BertModel(nn.Module):
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
+
+    def run_layers(
+        self, hidden: Tensor, attention_mask: Tensor | None, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Layer by layer from `start` up to, not including, `stop`: its output and attention weights.
+
+        `hidden` (B, T, H) is the output of the layer below `start`, of the embeddings for 0. Yields
+        (B, T, H), and (B, N, T, T) or None.
+        """
+        attend = ATTENTION_FUNCTIONS[self.attention]
+        mask = expand_mask(attention_mask)  # (B, 1, T, T) or None
+        for layer in self.layers[start:stop]:
+            hidden, weights = layer(hidden, mask, attend)
+            yield hidden, weights
 
     @classmethod
     def from_pretrained(

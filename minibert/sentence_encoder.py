@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, SupportsIndex, overload
 
@@ -134,7 +135,6 @@ class SentenceEncoder(nn.Module):
         result = embeddings[0] if isinstance(sentences, str) else embeddings
         return result if convert_to_tensor else result.float().cpu().numpy()
 
-    @torch.no_grad()
     def _embed(self, texts: list[str], batch_size: int, show_progress_bar: bool | None) -> Tensor:
         weight = self.model.embeddings.word.weight
         ids = self.tokenizer.token_ids(texts)
@@ -146,32 +146,49 @@ class SentenceEncoder(nn.Module):
             dtype=torch.promote_types(weight.dtype, torch.float32),
             device=weight.device,
         )
-        training = [module for module in self.modules() if module.training]
-        self.eval()
-        try:
+        with evaluating(self):
             for batch in _progress(batches, show_progress_bar):
                 rows = [ids[i] for i in batch]
                 input_ids = pad(rows, self.tokenizer.pad_token_id).to(weight.device)  # (B, T)
                 mask = pad([[1] * len(row) for row in rows], 0).to(weight.device)  # (B, T)
                 embeddings[batch] = self(input_ids, mask)
-        finally:
-            for module in training:
-                module.training = True
         return embeddings
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(
+        self, directory: str | Path, other_files: Mapping[str, bytes | Mapping[str, Tensor]] | None = None
+    ) -> None:
         """Writes model, tokenizer and pooling as transformers and sentence-transformers read them.
+
+        `other_files` (name -> bytes, or tensors as safetensors) are written with them, all or nothing.
 
         Raises:
             CheckpointError: the directory cannot be written.
         """
-        files = self.tokenizer.files() | module_files(
+        files = module_files(
             self.pooling,
             self.normalize_embeddings,
             hidden_size=self.model.config.hidden_size,
             max_seq_length=self.tokenizer.max_length,
         )
-        save_checkpoint(directory, self.model.config.to_dict(), self.model.state_dict(), files)
+        save_checkpoint(
+            directory,
+            self.model.config.to_dict(),
+            self.model.state_dict(),
+            self.tokenizer.files() | files | dict(other_files or {}),
+        )
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients; afterwards every part is in the mode it was in."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def _progress(batches: list[list[int]], show: bool | None) -> Iterable[list[int]]:

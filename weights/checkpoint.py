@@ -129,7 +129,7 @@ def save_checkpoint(
     directory: str | Path,
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    other_files: Mapping[str, bytes] | None = None,
+    other_files: Mapping[str, bytes | Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Writes config.json and model.safetensors as published (and `other_files`), all or nothing.
 

@@ -32,7 +32,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
             name says; a shard that is missing or does not hold what the index promises.
     """
     if (directory / SINGLE).is_file():
-        return _read_file(directory / SINGLE)
+        return read_file(directory / SINGLE)
     if (directory / INDEX).is_file():
         return _read_shards(directory / INDEX)
     other = next((name for name in PICKLES if (directory / name).is_file()), None)
@@ -57,7 +57,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     problems = []
     for shard in shards:
         try:
-            held = _read_file(index.parent / Path(shard).name)
+            held = read_file(index.parent / Path(shard).name)
         except CheckpointError as error:
             problems.append(str(error))
         else:
@@ -71,7 +71,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def read_file(path: Path) -> dict[str, Tensor]:
+    """Every tensor of one safetensors file by its key, memory-mapped. Raises CheckpointError."""
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -1,0 +1,340 @@
+"""Labelled sentences: files -> examples -> batches.
+
+A file is a table with a column of text and a column of labels per task: .csv, .tsv (quotes mean nothing
+there) or .jsonl, in UTF-8. An empty cell is a missing label.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from heads.losses import MISSING
+from minibert import Tokenizer
+from minibert.tokenizer import pad
+
+DEMO = Path(__file__).with_name("demo.csv")
+SPLITS = ("train", "validation", "test")
+POOL = 16  # so many batches' sentences are sorted by length together
+
+
+class DataError(ValueError):
+    """Something is wrong with a data file; the message says where (file and line) and what."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sentence and the labels it has: task -> label.
+
+    `where` is its file and line, `split` what the file's split column says ("" without one), `source`
+    which of several training files it came from.
+    """
+
+    text: str
+    labels: dict[str, str]
+    where: str = ""
+    split: str = ""
+    source: int = 0
+
+
+def read_examples(
+    path: str | Path, text: str, tasks: Mapping[str, str], *, split: str | None = None, source: int = 0
+) -> list[Example]:
+    """The examples in a file.
+
+    Args:
+        path: a .csv, .tsv or .jsonl file; the first two begin with a line of column names.
+        text: the column of text.
+        tasks: task -> its column.
+        split: the column that says train, validation or test, if the file has it.
+        source: noted in each example.
+
+    Raises:
+        DataError: not such a file, bytes that are not UTF-8, a ragged row, a missing column, an empty
+            text, an unknown split.
+    """
+    examples = []
+    columns: set[str] = set()
+    for line, row in _rows(Path(path)):
+        where = f"{path}, line {line}"
+        columns |= row.keys()
+        if text not in row:
+            raise DataError(f"{where}: no column {text!r}, there are: {', '.join(row)}")
+        if not row[text].strip():
+            raise DataError(f"{where}: the text (column {text!r}) is empty")
+        part = row.get(split, "").strip() if split else ""
+        if part not in ("", *SPLITS):
+            raise DataError(f"{where}: {split} is {part!r}, it must be {', '.join(SPLITS)} or empty")
+        labels = {task: row.get(column, "").strip() for task, column in tasks.items()}
+        labels = {task: label for task, label in labels.items() if label}
+        examples.append(Example(row[text], labels, where, part, source))
+    if not examples:
+        raise DataError(f"{path} holds no examples")
+    for task, column in tasks.items():
+        if column not in columns:
+            raise DataError(f"{path} has no column {column!r} for {task}, it has: {', '.join(sorted(columns))}")
+    return examples
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number (of a row's first line) and cells by column name."""
+    if path.suffix not in (".csv", ".tsv", ".jsonl"):
+        raise DataError(f"cannot tell what {path} is: its name must end in .csv, .tsv or .jsonl")
+    try:
+        with path.open("rb") as file:
+            lines = _decoded(path, file)
+            yield from _json_rows(path, lines) if path.suffix == ".jsonl" else _table_rows(path, lines)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _decoded(path: Path, lines: Iterator[bytes]) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})"
+            ) from error
+
+
+def _table_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    if path.suffix == ".tsv":
+        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
+    else:
+        reader = csv.reader(lines, strict=True)
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{path}, line 1: two columns are named {repeated[0]!r}")
+        line = reader.line_num + 1
+        for cells in reader:
+            if cells and len(cells) != len(names):
+                raise DataError(
+                    f"{path}, line {line}: {len(cells)} cells, but line 1 names {len(names)} columns"
+                )
+            if cells:
+                yield line, dict(zip(names, cells, strict=True))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            cells = {key: _cell(value) for key, value in row.items()}
+            "".join(cells.values()).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{path}, line {number}: not valid Unicode, it has a lone surrogate") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}, line {number}: not a JSON object of plain values ({error})") from error
+        yield number, cells
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, dict | list | float):
+        raise TypeError(f"{value!r:.40} cannot be a text or a label")
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def label_names(examples: Sequence[Example], tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Every label that occurs, per task, in order: numbers by value, else alphabetical.
+
+    Raises:
+        DataError: a task with fewer than two labels, from which nothing can be learned.
+    """
+    names = {}
+    for task in tasks:
+        found = {example.labels[task] for example in examples if task in example.labels}
+        if len(found) < 2:
+            has = f"only the label {found.pop()!r}" if found else "no label at all"
+            raise DataError(f"the training examples have {has} for {task}: there must be two or more")
+        numbers = all(label.isdecimal() for label in found)
+        names[task] = tuple(sorted(found, key=int if numbers else str))
+    return names
+
+
+def stratified_split(
+    examples: Sequence[Example], fraction: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """(rest, held out): `fraction` of each combination of labels and file is held out. Keeps the order.
+
+    Raises:
+        DataError: too few examples to hold one out and keep one.
+    """
+    strata: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for index, example in enumerate(examples):
+        strata[(example.source, *sorted(example.labels.items()))].append(index)
+    generator = torch.Generator().manual_seed(seed)
+    held: set[int] = set()
+    due = 0.0
+    for key in sorted(strata, key=repr):
+        members = strata[key]
+        due += fraction * len(members)  # what small strata cannot give is carried on to the next
+        take = min(round(due), len(members) - 1)
+        due -= take
+        chosen = torch.randperm(len(members), generator=generator)[:take]
+        held |= {members[i] for i in chosen.tolist()}
+    if not held:
+        raise DataError(
+            f"{len(examples)} examples are too few to hold {fraction:.0%} out: give a validation file"
+        )
+    return (
+        [example for i, example in enumerate(examples) if i not in held],
+        [example for i, example in enumerate(examples) if i in held],
+    )
+
+
+def dummy_examples(count: int, tasks: Mapping[str, Sequence[str]], seed: int) -> list[Example]:
+    """Random words with random labels: nothing can be learned from them, but every part of the loop runs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(options: Sequence[str]) -> str:
+        return options[int(torch.randint(len(options), (), generator=generator))]
+
+    words = "the a red old small river dog sees opens table and under green seven letter".split()  # noqa: SIM905
+    return [
+        Example(
+            " ".join(choose(words) for _ in range(3 + int(torch.randint(12, (), generator=generator)))),
+            {task: choose(labels) for task, labels in tasks.items()},
+            where=f"dummy {index}",
+        )
+        for index in range(count)
+    ]
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """The sha256 of texts, labels and order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((example.text, sorted(example.labels.items()), example.source)).encode())
+    return digest.hexdigest()
+
+
+class SentenceDataset(Dataset[int]):
+    """Sentences, tokenized once, and their labels as class indices.
+
+    `ids[i]` the tokens of sentence i; `labels[task]` (n,), `MISSING` where there is none. Once
+    heads/features.py has filled `features`, of `depth` layers, batches hold these instead of tokens.
+
+    Raises:
+        DataError: a label that is not among `labels`; says where.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], tokenizer: Tokenizer, labels: Mapping[str, Sequence[str]]
+    ) -> None:
+        self.ids = tokenizer.token_ids([example.text for example in examples])
+        self.pad_token_id = tokenizer.pad_token_id
+        self.sources = [example.source for example in examples]
+        self.labels = {
+            task: torch.tensor([_class_index(example, task, names) for example in examples])
+            for task, names in labels.items()
+        }
+        self.forget_features()
+
+    def forget_features(self) -> None:
+        """Back to batches of tokens."""
+        self.features: list[Tensor] | None = None
+        self.depth: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> int:
+        return index  # `collate` makes a whole batch at once
+
+    def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """A batch: `attention_mask` (B, T), `labels.TASK` (B,), and `input_ids` (B, T) or `features`."""
+        rows = [self.ids[i] for i in indices]
+        batch = {f"labels.{task}": labels[list(indices)] for task, labels in self.labels.items()}
+        batch["attention_mask"] = pad([[1] * len(row) for row in rows], 0)
+        if self.features is None:
+            batch["input_ids"] = pad(rows, self.pad_token_id)
+        else:  # (T, H) each, or (H,) each
+            batch["features"] = torch.nn.utils.rnn.pad_sequence(
+                [self.features[i] for i in indices], batch_first=True
+            )
+        return batch
+
+
+def _class_index(example: Example, task: str, names: Sequence[str]) -> int:
+    label = example.labels.get(task)
+    if label is None:
+        return MISSING
+    if label not in names:
+        raise DataError(f"{example.where}: {task} is {label!r}, the known labels are {', '.join(names)}")
+    return names.index(label)
+
+
+def epoch_batches(
+    dataset: SentenceDataset,
+    epoch: int,
+    *,
+    seed: int,
+    batch_size: int,
+    batch_tokens: int | None = None,
+    uniform: bool = False,
+) -> list[list[int]]:
+    """The batches of one epoch, as indices into the dataset; the same for the same seed and epoch.
+
+    Sentences are shuffled, sorted by length among the next `POOL` batches' worth, cut into batches, and
+    the batches shuffled, so that little is padded and no order is learned.
+
+    Args:
+        batch_size: sentences in a batch.
+        batch_tokens: cut batches by this many tokens, padding included, instead.
+        uniform: draw equally often from each training file, whatever its size; a small file's sentences
+            come again, of a large one's some have to wait.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(dataset), generator=generator).tolist()
+    if uniform:
+        order = _evenly(order, dataset.sources, generator)
+    lengths = [len(ids) for ids in dataset.ids]
+    pool = POOL * batch_size
+    if batch_tokens is not None:
+        pool = max(1, POOL * batch_tokens * len(lengths) // sum(lengths))
+    batches = []
+    for start in range(0, len(order), pool):
+        together = sorted(order[start : start + pool], key=lengths.__getitem__)  # stable
+        if batch_tokens is None:
+            batches += [together[i : i + batch_size] for i in range(0, len(together), batch_size)]
+        else:
+            batches += _by_tokens(together, lengths, batch_tokens)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def _evenly(order: Sequence[int], sources: Sequence[int], generator: torch.Generator) -> list[int]:
+    by_source: dict[int, list[int]] = defaultdict(list)
+    for index in order:
+        by_source[sources[index]].append(index)
+    share = -(-len(order) // len(by_source))
+    drawn = [(members * share)[:share] for _, members in sorted(by_source.items())]
+    mixed = [index for members in drawn for index in members]
+    return [mixed[i] for i in torch.randperm(len(mixed), generator=generator).tolist()]
+
+
+def _by_tokens(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Cuts sentences sorted by length so that no batch, padded, exceeds the budget (but for a single one)."""
+    batches: list[list[int]] = [[]]
+    for index in order:
+        if batches[-1] and (len(batches[-1]) + 1) * lengths[index] > budget:
+            batches.append([])
+        batches[-1].append(index)
+    return batches

@@ -1,0 +1,68 @@
+"""What the frozen lower part of a model gives for each sentence: computed once, used in every epoch.
+
+`depth` counts the frozen layers on top of frozen embeddings. Below all layers the features of a sentence
+are their hidden states (T, H); with all layers frozen, its embedding (H,).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from heads.data import SentenceDataset
+from heads.multitask import MultiTaskModel, MultiTaskOutput
+from minibert import mean_pooling
+from minibert.inputs import check_inputs
+
+
+def lower(model: MultiTaskModel, input_ids: Tensor, attention_mask: Tensor, depth: int) -> Tensor:
+    """The embeddings and the lowest `depth` layers: (B, T) -> (B, T, H), or (B, H) if these are all."""
+    check_inputs(model.encoder.config, input_ids, attention_mask, None)
+    hidden = model.encoder.embeddings(input_ids)  # (B, T, H)
+    for output, _ in model.encoder.run_layers(hidden, attention_mask, stop=depth):
+        hidden = output
+    return mean_pooling(hidden, attention_mask) if depth == len(model.encoder.layers) else hidden
+
+
+def upper(model: MultiTaskModel, features: Tensor, attention_mask: Tensor, depth: int) -> MultiTaskOutput:
+    """The rest: `upper(lower(...))` is what the model computes."""
+    if depth == len(model.encoder.layers):
+        return model.classify(features)
+    hidden = features  # (B, T, H)
+    for output, _ in model.encoder.run_layers(features, attention_mask, start=depth):
+        hidden = output
+    return model.classify(mean_pooling(hidden, attention_mask))
+
+
+def compute(model: MultiTaskModel, batch: Mapping[str, Tensor], depth: int | None) -> MultiTaskOutput:
+    """The model on a batch of `SentenceDataset.collate`: all of it, or from its features, of this depth, up."""
+    if "features" in batch and depth is not None:
+        return upper(model, batch["features"], batch["attention_mask"], depth)
+    output: MultiTaskOutput = model(batch["input_ids"], batch["attention_mask"])
+    return output
+
+
+def size_in_bytes(model: MultiTaskModel, dataset: SentenceDataset, depth: int) -> int:
+    """The memory that a dataset's features take."""
+    vectors = len(dataset) if depth == len(model.encoder.layers) else sum(map(len, dataset.ids))
+    return vectors * model.encoder.config.hidden_size * 4
+
+
+@torch.no_grad()
+def fill(model: MultiTaskModel, dataset: SentenceDataset, batches: Iterable[Sequence[int]], depth: int) -> None:
+    """Computes the features of every sentence, in these batches and then of those that are in none.
+
+    Given the batches of the first epoch, that epoch's numbers are those of an uncached run, bit for
+    bit; in later epochs, whose batches are others, they agree to rounding.
+    """
+    dataset.forget_features()
+    device = model.encoder.embeddings.word.weight.device
+    features: dict[int, Tensor] = {}
+    batches = list(batches)
+    rest = sorted(set(range(len(dataset))).difference(*batches), key=lambda i: len(dataset.ids[i]))
+    for batch in [*batches, *(rest[i : i + 32] for i in range(0, len(rest), 32))]:
+        inputs = dataset.collate(batch)
+        hidden = lower(model, inputs["input_ids"].to(device), inputs["attention_mask"].to(device), depth)
+        for i, row in zip(batch, hidden.cpu(), strict=True):
+            features[i] = row[: len(dataset.ids[i])].clone() if row.dim() == 2 else row.clone()
+    dataset.features, dataset.depth = [features[i] for i in range(len(dataset))], depth

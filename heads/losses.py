@@ -1,0 +1,73 @@
+"""One loss for several tasks."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MISSING = -100  # the label of an example that has none for a task
+
+
+class MultiTaskLoss(nn.Module):
+    """A cross-entropy per task, and their combination.
+
+    Args:
+        tasks: their names.
+        weights: task -> factor, 1 where not given; the total is the weighted sum.
+        uncertainty: learn the weights (Kendall et al. 2018, section 3.2): with s = log variance of a
+            task, the total is the sum of exp(-s) * loss + s / 2. `log_variance` holds every s, 0 at first.
+
+    Raises:
+        ValueError: a weight for no task, below zero or not finite, or both kinds of weights.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        *,
+        weights: Mapping[str, float] | None = None,
+        uncertainty: bool = False,
+    ) -> None:
+        super().__init__()
+        weights = weights or {}
+        for name, weight in weights.items():
+            if name not in tasks:
+                raise ValueError(f"a loss weight is given for {name!r}, the tasks are: {', '.join(tasks)}")
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"the loss weight of {name} is {weight}, it must be 0 or a positive number")
+        if weights and uncertainty:
+            raise ValueError("loss weights are given and also to be learned: choose one")
+        self.weights = {name: float(weights.get(name, 1.0)) for name in tasks}
+        self.log_variance = nn.Parameter(torch.zeros(len(tasks))) if uncertainty else None
+
+    def forward(
+        self,
+        logits: Mapping[str, Tensor],
+        labels: Mapping[str, Tensor],
+        counts: Mapping[str, float] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total, and each task's mean over the examples that have a label for it.
+
+        A task without a label in the batch contributes exactly zero, and zero gradients.
+
+        Args:
+            logits: task -> (B, classes).
+            labels: task -> (B,) class indices, `MISSING` where there is none.
+            counts: what to divide each task's sum by; its number of labels here if None. (Several
+                processes divide by their common number.)
+        """
+        losses = {}
+        total = torch.zeros((), device=next(iter(logits.values())).device)
+        for i, (name, weight) in enumerate(self.weights.items()):
+            count = float((labels[name] != MISSING).sum()) if counts is None else counts[name]
+            summed = F.cross_entropy(logits[name], labels[name], ignore_index=MISSING, reduction="sum")
+            losses[name] = summed / max(count, 1e-9)
+            if self.log_variance is None:
+                total = total + weight * losses[name]
+            elif count:
+                s = self.log_variance[i]
+                total = total + torch.exp(-s) * losses[name] + s / 2
+        if self.log_variance is not None:
+            total = total + 0 * self.log_variance.sum()  # in the graph even if no task has a label
+        return total, losses

@@ -1,0 +1,211 @@
+"""One encoder, several heads: one pass, and every task's scores (Caruana 1997; Liu et al. 2019)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from heads.mlp import MLPHead
+from minibert import BertModel, SentenceEncoder, Tokenizer, mean_pooling
+from minibert.freezing import keep_frozen_in_eval
+from minibert.sentence_encoder import evaluating
+from weights import CheckpointError, resolve, save_checkpoint
+from weights.json_files import read_json, to_json
+from weights.safetensors_files import read_file
+
+SETTINGS = "heads.json"
+TENSORS = "heads.safetensors"
+
+
+@dataclass(frozen=True)
+class MultiTaskOutput:
+    """`logits[name]` (B, classes) for every head; `embeddings` (B, H), mean-pooled."""
+
+    logits: dict[str, Tensor]
+    embeddings: Tensor
+
+
+class Heads(nn.ModuleDict):
+    """Modules by name, also by names that `nn.Module` has attributes of, such as "type"."""
+
+    def __setitem__(self, name: str, head: nn.Module) -> None:
+        self._modules[name] = head
+
+
+class MultiTaskModel(nn.Module):
+    """A shared encoder, mean pooling, and a head for each task.
+
+    Args:
+        encoder: its weights are shared by all tasks.
+        heads: task name -> (B, H) embeddings to (B, classes) logits, e.g. `MLPHead(768, 256, 3)`.
+        labels: task name -> what its classes are called; their numbers if not given.
+        tokenizer: needed by `predict` only; saved with the rest.
+
+    Raises:
+        ValueError: a name that cannot be one, labels of a task without a head, a wrong number of
+            labels or a head of another width than the encoder's.
+    """
+
+    def __init__(
+        self,
+        encoder: BertModel,
+        heads: Mapping[str, nn.Module],
+        *,
+        labels: Mapping[str, Sequence[str]] | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        super().__init__()
+        labels = labels or {}
+        if unknown := sorted(labels.keys() - heads.keys()):
+            raise ValueError(f"labels are given for {unknown[0]!r}, the heads are: {', '.join(heads)}")
+        for name, head in heads.items():
+            _check_head(name, head, encoder.config.hidden_size, labels.get(name))
+        self.encoder = encoder
+        self.heads = Heads(heads)
+        numbers = {n: map(str, range(h.out.out_features)) for n, h in heads.items() if isinstance(h, MLPHead)}
+        self.labels = {name: tuple(names) for name, names in {**numbers, **labels}.items()}
+        self.tokenizer = tokenizer
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> MultiTaskOutput:
+        """(B, T) ids, mask and types, as `BertModel` takes them -> logits and embeddings."""
+        hidden = self.encoder(input_ids, attention_mask, token_type_ids).last_hidden_state  # (B, T, H)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # (B, T)
+        return self.classify(mean_pooling(hidden, mask))
+
+    def classify(self, embeddings: Tensor) -> MultiTaskOutput:
+        """The heads alone, on (B, H) embeddings."""
+        return MultiTaskOutput({name: head(embeddings) for name, head in self.heads.items()}, embeddings)
+
+    def train(self, mode: bool = True) -> Self:
+        """As in every module, but what is frozen stays in eval mode: no dropout in what cannot learn."""
+        super().train(mode)
+        keep_frozen_in_eval(self)
+        return self
+
+    def predict(self, sentences: str | Sequence[str], batch_size: int | None = None) -> list[dict[str, Any]]:
+        """For each sentence, `{task: {"label": name, "probability": of that label}}`.
+
+        Raises:
+            TypeError, ValueError: no tokenizer, or as `SentenceEncoder.encode`.
+        """
+        if self.tokenizer is None:
+            raise ValueError("predict needs a tokenizer: give one, MultiTaskModel(..., tokenizer=...)")
+        encoder = SentenceEncoder(self.encoder, self.tokenizer)
+        with evaluating(self):
+            embeddings = encoder.encode(
+                [sentences] if isinstance(sentences, str) else sentences,
+                batch_size,
+                convert_to_tensor=True,
+                show_progress_bar=False,
+            )  # (n, H)
+            best = {
+                name: logits.softmax(-1).max(-1) for name, logits in self.classify(embeddings).logits.items()
+            }
+        return [
+            {
+                name: {"label": self.label(name, int(indices[row])), "probability": float(values[row])}
+                for name, (values, indices) in best.items()
+            }
+            for row in range(len(embeddings))
+        ]
+
+    def label(self, task: str, index: int) -> str:
+        """What a class is called."""
+        return self.labels[task][index] if task in self.labels else str(index)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes the encoder as published (loads in transformers), and beside it the heads.
+
+        heads.json holds each task's sizes and label names, heads.safetensors the heads' weights.
+
+        Raises:
+            CheckpointError: the directory cannot be written.
+        """
+        settings: dict[str, dict[str, Any]] = {}
+        for name, head in self.heads.items():
+            settings[name] = {"labels": list(self.labels[name])} if name in self.labels else {}
+            if isinstance(head, MLPHead):
+                sizes = {"hidden": head.hidden.in_features, "width": head.hidden.out_features}
+                settings[name] |= sizes | {"classes": head.out.out_features}
+        files: dict[str, Any] = {SETTINGS: to_json({"heads": settings}), TENSORS: self.heads.state_dict()}
+        if self.tokenizer is None:
+            save_checkpoint(directory, self.encoder.config.to_dict(), self.encoder.state_dict(), files)
+        else:
+            SentenceEncoder(self.encoder, self.tokenizer).save_pretrained(directory, files)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        heads: Mapping[str, nn.Module] | None = None,
+        attention: str = "sdpa",
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """What `save_pretrained` wrote, in eval mode.
+
+        Args:
+            name_or_path: that directory.
+            heads: modules for heads that are not `MLPHead`s; their weights come from the file.
+            attention, dtype: the encoder's, as in `BertModel.from_pretrained`.
+
+        Raises:
+            ModelNotFoundError: no such directory.
+            CheckpointError: its files cannot be used.
+        """
+        directory = resolve(name_or_path)
+        settings = read_json(directory / SETTINGS).get("heads")
+        if not isinstance(settings, dict):
+            raise CheckpointError(f"{directory / SETTINGS} has no `heads`: save_pretrained did not write it")
+        has_tokenizer = any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
+        given = dict(heads or {})
+        try:
+            built = {name: given.get(name) or _build_head(name, sizes) for name, sizes in settings.items()}
+            model = cls(
+                BertModel.from_pretrained(directory, attention=attention, dtype=dtype),
+                built,
+                labels={name: sizes["labels"] for name, sizes in settings.items() if "labels" in sizes},
+                tokenizer=Tokenizer.from_pretrained(directory) if has_tokenizer else None,
+            )
+        except CheckpointError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{directory / SETTINGS}: {error}") from error
+        try:
+            model.heads.load_state_dict(read_file(directory / TENSORS))
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{directory / TENSORS} does not fit {SETTINGS}: {' '.join(str(error).split())}"
+            ) from error
+        return model.eval()
+
+
+def _check_head(name: str, head: nn.Module, hidden_size: int, labels: Sequence[str] | None) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"{name!r} cannot be the name of a task: use letters, digits, _ and -")
+    if labels is not None and (isinstance(labels, str) or not all(isinstance(label, str) for label in labels)):
+        raise ValueError(f"the labels of {name} are {labels!r}, they must be a list of strings")
+    if isinstance(head, MLPHead):
+        if head.hidden.in_features != hidden_size:
+            raise ValueError(
+                f"head {name} takes {head.hidden.in_features} numbers, the encoder gives {hidden_size}"
+            )
+        if labels is not None and len(labels) != head.out.out_features:
+            raise ValueError(f"head {name} has {head.out.out_features} classes but {len(labels)} labels")
+
+
+def _build_head(name: str, sizes: Any) -> MLPHead:
+    names = ("hidden", "width", "classes")
+    if not isinstance(sizes, dict) or not sizes.keys() >= set(names):
+        raise ValueError(
+            f"head {name} is not an MLPHead: pass it as from_pretrained(..., heads={{{name!r}: ...}})"
+        )
+    return MLPHead(*(sizes[size] for size in names))

@@ -1,0 +1,104 @@
+"""Training in several processes that torchrun started; one process is the same with nothing to exchange."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from heads.losses import MISSING
+
+
+class Processes:
+    """This process among those that train together: its `rank`, how many there are, its device."""
+
+    def __init__(self, device: str = "auto") -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        self.device = torch.device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.count > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that evaluates, prints and writes."""
+        return self.rank == 0
+
+    def totals(self, values: list[float]) -> list[float]:
+        """Each value summed over the processes."""
+        if self.count == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return [float(total) for total in tensor]
+
+    def from_first(self, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives in the first process; it runs only there."""
+        if self.count == 1:
+            return compute()
+        box = [compute() if self.is_first else None]
+        dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everyone's value, by rank."""
+        values: list[Any] = [value]
+        if self.count > 1:
+            values = [None] * self.count
+            dist.all_gather_object(values, value)
+        return values
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """The module, its gradients averaged over the processes."""
+        if self.count == 1:
+            return module
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+
+    def share(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This process's part of a batch of `SentenceDataset.collate`, on its device.
+
+        Every process needs something to run: where there are fewer rows than processes, the first row
+        without its labels.
+        """
+        if self.count > 1:
+            rows = {name: tensor[self.rank :: self.count] for name, tensor in batch.items()}
+            if len(rows["attention_mask"]) == 0:
+                rows = {name: tensor[:1] for name, tensor in batch.items()}
+                labels = [name for name in rows if name.startswith("labels.")]
+                rows |= {name: torch.full_like(rows[name], MISSING) for name in labels}
+            longest = int(rows["attention_mask"].sum(1).max())
+            batch = {
+                name: tensor
+                if tensor.dim() == 1 or tensor.shape[1] != batch["attention_mask"].shape[1]
+                else tensor[:, :longest]
+                for name, tensor in rows.items()
+            }
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def random_states(self) -> dict[str, Tensor]:
+        """What the random numbers of this process go on from, by kind of device."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def set_random_state(self, rank_and_kind: str, state: Tensor) -> None:
+        """The inverse, given `RANK/KIND`; another process's is none of ours."""
+        if rank_and_kind == f"{self.rank}/cpu":
+            torch.set_rng_state(state)
+        elif rank_and_kind == f"{self.rank}/cuda" and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state, self.device)
+
+    def close(self) -> None:
+        """Leaves the group."""
+        if self.count > 1:
+            dist.destroy_process_group()

@@ -1,0 +1,198 @@
+"""What a run came to: report.json, report.md and, where matplotlib is installed, curves as PNGs."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from heads.metrics import TaskMetrics
+from heads.run_directory import RunDirectory
+from weights.json_files import to_json
+
+Results = Mapping[str, Mapping[str, TaskMetrics]]  # set -> task -> metrics
+
+
+def write_report(
+    run: RunDirectory,
+    results: Results,
+    *,
+    labels: Mapping[str, tuple[str, ...]],
+    majorities: Mapping[str, Mapping[str, float | None]],
+    plan: str,
+) -> None:
+    """Writes report.json, report.md and the plots.
+
+    Args:
+        results: set -> task -> metrics of the best checkpoint.
+        labels: task -> label names, for the confusion matrices.
+        majorities: set -> task -> accuracy of always giving the most frequent training label.
+        plan: what was trained, as text.
+    """
+    scores = {name: {task: m.scores() for task, m in tasks.items()} for name, tasks in results.items()}
+    epochs = [record for record in run.metrics() if "validation" in record]
+    plots = draw(run.path, epochs, results, labels) if importlib.util.find_spec("matplotlib") else []
+    text = "\n\n".join(
+        [
+            "# Training report",
+            f"```\n{plan}\n```",
+            *(_results(name, tasks, majorities[name]) for name, tasks in results.items()),
+            _history(epochs),
+            *(_confusions(name, tasks, labels) for name, tasks in results.items()),
+            *(f"![{name}]({name})" for name in plots),
+        ]
+    )
+    run.write(
+        {"report.json": to_json({"validation": {}, "test": {}} | scores), "report.md": f"{text}\n".encode()}
+    )
+
+
+def print_epoch(title: str, record: Mapping[str, Any], majorities: Mapping[str, float | None]) -> None:
+    """An epoch's record (see train.py) as a line per task."""
+    print(title)
+    for task, scores in record["validation"].items():
+        train = record["train"].get(task, {"loss": None, "accuracy": None})
+        print(
+            f"  {task:<12} train: loss {shown(train['loss'])}, accuracy {percent(train['accuracy'])}"
+            f"   validation: loss {shown(scores['loss'])}, accuracy {percent(scores['accuracy'])},"
+            f" macro-F1 {shown(scores['macro_f1'])}   (majority class {percent(majorities[task])})",
+            flush=True,
+        )
+
+
+def print_results(results: Results, majorities: Mapping[str, Mapping[str, float | None]]) -> None:
+    """The metrics of every set as a line per task."""
+    for name, tasks in results.items():
+        print(f"\nthe best checkpoint on {name}")
+        for task, m in tasks.items():
+            print(
+                f"  {task:<12} loss {shown(m.loss)}, accuracy {percent(m.accuracy)},"
+                f" macro-F1 {shown(m.macro_f1)}   (majority class {percent(majorities[name][task])})"
+            )
+
+
+class Bar:
+    """A progress bar on a terminal, nothing elsewhere; and how fast the epoch goes."""
+
+    def __init__(self, title: str, steps: int, done: int, *, hidden: bool) -> None:
+        from tqdm import tqdm
+
+        on_a_terminal_only = True if hidden else None
+        self.bar = tqdm(
+            total=steps, initial=done, desc=title, unit="step", leave=False, disable=on_a_terminal_only
+        )
+        self.began = time.perf_counter()
+        self.tokens = 0
+
+    def advance(self, loss: float, tokens: int) -> None:
+        """One step more."""
+        self.tokens += tokens
+        self.bar.set_postfix_str(f"loss {loss:.3f}{self.speed()}", refresh=False)
+        self.bar.update()
+
+    def speed(self) -> str:
+        """Tokens per second, or nothing before the first step."""
+        return f", {self.tokens / (time.perf_counter() - self.began):,.0f} tokens/s" if self.tokens else ""
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self.bar.close()
+
+
+def shown(value: float | None) -> str:
+    """A number in a table."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def percent(value: float | None) -> str:
+    """A part of one as a percentage."""
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def _results(name: str, tasks: Mapping[str, TaskMetrics], majorities: Mapping[str, float | None]) -> str:
+    rows = [
+        [task, shown(m.loss), percent(m.accuracy), shown(m.macro_f1), percent(majorities[task])]
+        for task, m in tasks.items()
+    ]
+    header = ["task", "loss", "accuracy", "macro-F1", "majority class"]
+    return f"## The best checkpoint on {name}\n\n{_table(header, rows)}"
+
+
+def _history(epochs: list[dict[str, Any]]) -> str:
+    rows = []
+    for record in epochs:
+        for task, scores in record["validation"].items():
+            train = record["train"].get(task, {"loss": None, "accuracy": None})
+            numbers = [shown(train["loss"]), percent(train["accuracy"]), shown(scores["loss"])]
+            numbers += [percent(scores["accuracy"]), shown(scores["macro_f1"])]
+            rows.append([str(record["epoch"] + 1), str(record["step"]), task, *numbers])
+    header = ["epoch", "step", "task", "train loss", "train accuracy"]
+    header += ["validation loss", "validation accuracy", "macro-F1"]
+    trained: list[tuple[int, list[str]]] = []
+    for record in epochs:
+        if not trained or trained[-1][1] != record["trained"]:
+            trained.append((record["epoch"] + 1, record["trained"]))
+    phases = "\n".join(f"- from epoch {epoch}: {', '.join(groups)}" for epoch, groups in trained)
+    return f"## Epochs\n\n{_table(header, rows)}\n\nTrained:\n{phases or '- nothing'}"
+
+
+def _confusions(name: str, tasks: Mapping[str, TaskMetrics], labels: Mapping[str, tuple[str, ...]]) -> str:
+    parts = [f"## Confusion on {name}: rows are true, columns predicted"]
+    for task, m in tasks.items():
+        names = labels.get(task) or tuple(map(str, range(len(m.confusion))))
+        rows = [[label, *map(str, counts)] for label, counts in zip(names, m.confusion, strict=True)]
+        parts.append(_table([task, *names], rows))
+    return "\n\n".join(parts)
+
+
+def draw(
+    directory: Path, epochs: list[dict[str, Any]], results: Results, labels: Mapping[str, tuple[str, ...]]
+) -> list[str]:
+    """Curves of each task, with a line where something was unfrozen, and confusion matrices. Returns names."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = []
+
+    def save(figure: Figure, name: str) -> None:
+        FigureCanvasAgg(figure).print_png(directory / name)
+        names.append(name)
+
+    steps = [record["step"] for record in epochs]
+    changes = [a["step"] for a, b in pairwise(epochs) if a["trained"] != b["trained"]]
+    for task in results["validation"] if epochs else ():
+        figure = Figure(figsize=(9, 3.5), layout="constrained")
+        for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+            for part in ("train", "validation"):
+                values = [record[part].get(task, {}).get(metric) for record in epochs]
+                axes.plot(steps, [float("nan") if v is None else v for v in values], marker="o", label=part)
+            for step in changes:
+                axes.axvline(
+                    step, color="grey", linestyle=":", label="unfrozen" if step == changes[0] else None
+                )
+            axes.set(xlabel="step", ylabel=metric, title=task)
+            axes.legend()
+        save(figure, f"curves-{task}.png")
+    for name, tasks in results.items():
+        for task, m in tasks.items():
+            classes = labels.get(task) or tuple(map(str, range(len(m.confusion))))
+            size = 2.5 + 0.4 * len(classes)
+            figure = Figure(figsize=(size, size), layout="constrained")
+            axes = figure.subplots()
+            axes.imshow(m.confusion, cmap="Blues")
+            for i, row in enumerate(m.confusion):
+                for j, count in enumerate(row):
+                    axes.text(j, i, str(count), ha="center", va="center")
+            ticks = range(len(classes))
+            axes.set_xticks(ticks, classes, rotation=45, ha="right")
+            axes.set_yticks(ticks, classes)
+            axes.set(xlabel="predicted", ylabel="true", title=f"{task}, {name}")
+            save(figure, f"confusion-{name}-{task}.png")
+    return names

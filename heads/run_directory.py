@@ -1,0 +1,132 @@
+"""The directory of a training run.
+
+config.json      the resolved options
+metrics.jsonl    a line per step and per evaluation
+last/            the model and all that is needed to go on
+best/            the model that did best on the validation set
+report.json, report.md, *.png
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from heads.multitask import MultiTaskModel
+from heads.training_state import Progress
+from weights import CheckpointError
+from weights.json_files import read_json, to_json
+from weights.safetensors_files import read_file, write_directory
+
+PROGRESS = "training.json"
+STATE = "training.safetensors"
+
+
+class RunDirectory:
+    """Reads and writes the files of one run. Nothing is ever seen half-written, whenever the process dies.
+
+    Raises:
+        CheckpointError: from every method, if a file cannot be written or read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def recover(self) -> None:
+        """Puts back what a run that died between the two renames of `save` left aside."""
+        for name in ("best", "last"):
+            if not (self.path / name).exists() and (self.path / f".{name}.old").exists():
+                (self.path / f".{name}.old").rename(self.path / name)
+
+    def begin(self, config: dict[str, Any], bytes_needed: int) -> None:
+        """Makes the directory and writes config.json; fails now if it could only fail later."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.path).free
+            metrics = self.path / "metrics.jsonl"
+            metrics.touch()
+            os.truncate(metrics, 0)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be written: {error.strerror}") from error
+        if free < bytes_needed:
+            raise CheckpointError(
+                f"{self.path}: {free / 1e6:,.0f} MB are free, checkpoints may take {bytes_needed / 1e6:,.0f} MB"
+            )
+        self.write({"config.json": to_json(config)})
+
+    def write(self, files: dict[str, bytes]) -> None:
+        """Writes small files, each whole or not at all."""
+        write_directory(self.path, files)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Appends a line to metrics.jsonl."""
+        try:
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path / 'metrics.jsonl'} cannot be written: {error.strerror}"
+            ) from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        text = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    def save(
+        self,
+        name: str,
+        model: MultiTaskModel,
+        progress: Progress | None = None,
+        state: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Replaces best/ or last/ as a whole."""
+        fresh, old, place = self.path / f".{name}.new", self.path / f".{name}.old", self.path / name
+        shutil.rmtree(fresh, ignore_errors=True)
+        model.save_pretrained(fresh)
+        if progress is not None:
+            progress.metrics_bytes = (self.path / "metrics.jsonl").stat().st_size
+            write_directory(fresh, {STATE: state or {}, PROGRESS: to_json(asdict(progress))})
+        try:
+            shutil.rmtree(old, ignore_errors=True)
+            if place.exists():
+                place.rename(old)
+            fresh.rename(place)
+            shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            raise CheckpointError(f"{place} cannot be written: {error.strerror}") from error
+
+    def load(self, begun: Progress) -> tuple[Progress, dict[str, Tensor]]:
+        """What `save("last", ...)` stored beside the model; (`begun`, {}) if nothing was saved yet.
+
+        Raises:
+            ValueError: other data, or another number of processes, than `begun` has.
+        """
+        last = self.path / "last"
+        if not last.exists():
+            return begun, {}
+        values = read_json(last / PROGRESS)
+        if values.keys() != {field.name for field in fields(Progress)}:
+            raise CheckpointError(f"{last / PROGRESS} was not written by this version of train.py")
+        saved = Progress(**values)
+        others = saved.data.keys() | begun.data.keys()
+        if changed := sorted(name for name in others if saved.data.get(name) != begun.data.get(name)):
+            raise ValueError(f"--resume: these sets have changed since {self.path} began: {', '.join(changed)}")
+        if saved.processes != begun.processes:
+            raise ValueError(
+                f"--resume: {self.path} has {saved.processes} processes, now there are {begun.processes}"
+            )
+        return saved, read_file(last / STATE)
+
+    def rewind(self, progress: Progress) -> None:
+        """Cuts metrics.jsonl back to what it was when `progress` was saved."""
+        metrics = self.path / "metrics.jsonl"
+        if not metrics.is_file() or metrics.stat().st_size < progress.metrics_bytes:
+            raise CheckpointError(f"{metrics} is missing or shorter than it was when last/ was saved")
+        os.truncate(metrics, progress.metrics_bytes)

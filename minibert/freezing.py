@@ -1,0 +1,242 @@
+"""Which parts of a model are trained, epoch by epoch.
+
+A model is cut into groups, from the input up: embeddings, layers.0, layers.1, ..., pooler, heads.NAME.
+A group is trained as a whole or frozen as a whole. The pooler lies on no path to a head that reads
+mean-pooled embeddings, so it is always left as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import torch
+from torch import nn
+
+from minibert.model import BertModel
+
+STRATEGIES = "none, all, backbone, head:NAME, layers:K, gradual, gradual:EPOCHS, only:GROUPS"
+GROUPS = "embeddings, layers, layers.I, layers.I-J, heads, heads.NAME"
+STRATEGY = re.compile(r"none|all|backbone|head:.+|layers:\d+|gradual|gradual:[1-9]\d*")
+GROUP = re.compile(r"embeddings|layers|layers\.\d+(-\d+)?|heads|heads\..+")
+
+
+class Headed(Protocol):
+    """What a plan can be applied to: `heads.MultiTaskModel`, or anything else with these two."""
+
+    encoder: BertModel
+
+    @property
+    def heads(self) -> Any: ...
+
+
+def named_groups(model: Headed) -> dict[str, nn.Module]:
+    """The groups of a model by name, from the input up."""
+    if not isinstance(getattr(model, "encoder", None), BertModel) or not hasattr(model, "heads"):
+        raise TypeError(f"{type(model).__name__} has no encoder and heads: give a MultiTaskModel")
+    groups: dict[str, nn.Module] = {"embeddings": model.encoder.embeddings}
+    groups |= {f"layers.{i}": layer for i, layer in enumerate(model.encoder.layers)}
+    if model.encoder.pooler is not None:
+        groups["pooler"] = model.encoder.pooler
+    return groups | {f"heads.{name}": head for name, head in model.heads.items()}
+
+
+def keep_frozen_in_eval(model: Headed) -> None:
+    """Puts every frozen group into eval mode: what is not trained gets no dropout either."""
+    for group in named_groups(model).values():
+        if not any(parameter.requires_grad for parameter in group.parameters()):
+            group.eval()
+
+
+@dataclass(frozen=True)
+class FreezePlan:
+    """What is frozen when, and how fast the rest learns.
+
+    `spec` is one of
+
+        none          everything is trained
+        all           nothing is trained
+        backbone      the encoder is frozen, the heads are trained
+        head:NAME     this head is frozen
+        layers:K      the embeddings and the lowest K layers are frozen
+        gradual[:N]   the heads first, then one layer more from the top every N epochs (1 if not
+                      given), the embeddings last (Howard & Ruder 2018, section 3.3)
+        only:A,B,...  only this is trained: embeddings, layers, layers.I, layers.I-J, heads, heads.NAME
+
+    or several joined by commas (not `only`), which freeze what any of them freezes.
+
+    `lr` is the encoder's learning rate, `head_lr` the heads'. Each layer's is `layer_lr_decay` times
+    that of the layer above it (Howard & Ruder 2018, section 3.2). `weight_decay` is for matrices only,
+    not for biases and LayerNorms (Devlin et al. 2018, appendix A.2).
+
+    Raises:
+        ValueError: no such strategy, or a rate that cannot be; methods that see the model also raise
+            it for a layer or a head that the model does not have.
+    """
+
+    spec: str = "none"
+    lr: float = 2e-5
+    head_lr: float = 1e-3
+    weight_decay: float = 0.01
+    layer_lr_decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        terms = self._terms()
+        known = GROUP if self._is_only() else STRATEGY
+        for term in terms:
+            if not known.fullmatch(term):
+                options = f"only: takes {GROUPS}" if self._is_only() else f"there are {STRATEGIES}"
+                raise ValueError(f"no freezing strategy {term!r} (in {self.spec!r}): {options}")
+        if len(terms) > 1 and not self._is_only() and (alone := {"none", "all"} & set(terms)):
+            raise ValueError(f"{alone.pop()!r} stands alone, it cannot be combined as in {self.spec!r}")
+        for name, lowest, highest in (
+            ("lr", 0.0, math.inf),
+            ("head_lr", 0.0, math.inf),
+            ("weight_decay", 0.0, math.inf),
+            ("layer_lr_decay", 0.0, 1.0),
+        ):
+            rate = getattr(self, name)
+            if not lowest <= rate <= highest or math.isinf(rate):
+                raise ValueError(f"{name} is {rate}, it must be a number from {lowest:g} to {highest:g}")
+
+    @classmethod
+    def parse(cls, spec: str, **rates: float) -> Self:
+        """A plan from its name; `rates` are the other fields. Raises ValueError as the class does."""
+        return cls(spec, **rates)
+
+    def trained(self, model: Headed, epoch: int = 0) -> list[str]:
+        """The names of the groups that are trained in an epoch (counted from 0), from the input up."""
+        names = [name for name in named_groups(model) if name != "pooler"]
+        backbone = [name for name in names if not name.startswith("heads.")]  # from the input up
+        heads = [name for name in names if name.startswith("heads.")]
+        if self._is_only():
+            wanted = {name for term in self._terms() for name in _named(term, backbone, heads)}
+            return [name for name in names if name in wanted]
+        frozen = {name for term in self._terms() for name in _frozen(term, backbone, heads, epoch)}
+        return [name for name in names if name not in frozen]
+
+    def trains_nothing(self, model: Headed) -> bool:
+        """Whether no epoch trains anything."""
+        return not self.trained(model, sys.maxsize)
+
+    def apply(self, model: Headed, epoch: int = 0) -> None:
+        """Sets `requires_grad` both ways, drops the gradients of what is frozen, and sets its mode.
+
+        A frozen group runs in eval mode, also after a later `model.train()` of a MultiTaskModel; a
+        trained one runs in the model's mode.
+        """
+        trained = self.trained(model, epoch)
+        mode = isinstance(model, nn.Module) and model.training
+        for name, group in named_groups(model).items():
+            group.requires_grad_(name in trained)
+            group.train(mode and name in trained)
+            if name not in trained:
+                group.zero_grad(set_to_none=True)
+
+    def optimizer_groups(self, model: Headed, epoch: int = 0) -> list[dict[str, Any]]:
+        """Parameter groups for a torch optimizer: what is trained, and nothing else.
+
+        Two for each group of the model, with and without weight decay; `name` says which.
+        """
+        groups = named_groups(model)
+        rates = self._learning_rates(model)
+        result = []
+        for name in self.trained(model, epoch):
+            matrices = [p for p in groups[name].parameters() if p.ndim > 1]
+            vectors = [p for p in groups[name].parameters() if p.ndim <= 1]  # biases and LayerNorms
+            for params, decay in ((matrices, self.weight_decay), (vectors, 0.0)):
+                if params:
+                    result.append({"name": name, "params": params, "lr": rates[name], "weight_decay": decay})
+        return result
+
+    def frozen_depth(self, model: Headed, epoch: int = 0) -> int | None:
+        """How many layers, from the bottom, are frozen on top of frozen embeddings; None: not even those."""
+        trained = self.trained(model, epoch)
+        if "embeddings" in trained:
+            return None
+        layers = range(len(model.encoder.layers))
+        return next((i for i in layers if f"layers.{i}" in trained), len(layers))
+
+    def summary(self, model: Headed, epoch: int = 0) -> str:
+        """A table: each group's parameters, whether it is trained, its learning rate; and totals."""
+        trained, rates = self.trained(model, epoch), self._learning_rates(model)
+        rows, sizes = [], {}
+        for name, group in named_groups(model).items():
+            sizes[name] = sum(parameter.numel() for parameter in group.parameters())
+            state = "unused" if name == "pooler" else "trained" if name in trained else "frozen"
+            rate = f"{rates[name]:.3g}" if name in trained else ""
+            rows.append((name, f"{sizes[name]:,}", state, rate))
+        total, moving = sum(sizes.values()), sum(sizes[name] for name in trained)
+        rows.append(("total", f"{total:,}", f"{100 * moving / total:.1f}%", f"({moving:,})"))
+        width = max(len(row[0]) for row in rows)
+        header = ("group", "parameters", "trained?", "learning rate")
+        return "\n".join(f"{a:<{width}}  {b:>13}  {c:<8}  {d}".rstrip() for a, b, c, d in [header, *rows])
+
+    def _learning_rates(self, model: Headed) -> dict[str, float]:
+        layers = len(model.encoder.layers)
+        rates = {"embeddings": self.lr * self.layer_lr_decay**layers}
+        rates |= {f"layers.{i}": self.lr * self.layer_lr_decay ** (layers - 1 - i) for i in range(layers)}
+        return rates | {f"heads.{name}": self.head_lr for name in model.heads}
+
+    def _is_only(self) -> bool:
+        return self.spec.strip().startswith("only:")
+
+    def _terms(self) -> list[str]:
+        return [term.strip() for term in self.spec.strip().removeprefix("only:").split(",")]
+
+
+def _frozen(term: str, backbone: Sequence[str], heads: Sequence[str], epoch: int) -> Sequence[str]:
+    """What one strategy freezes in an epoch. `backbone` is the embeddings, then the layers upwards."""
+    kind, _, argument = term.partition(":")
+    if kind == "all":
+        return [*backbone, *heads]
+    if kind == "backbone":
+        return backbone
+    if kind == "layers":
+        if int(argument) >= len(backbone):
+            raise ValueError(f"{term!r}: the model has {len(backbone) - 1} layers, there are no more to freeze")
+        return backbone[: 1 + int(argument)]
+    if kind == "head":
+        return [_head(argument, heads)]
+    if kind == "gradual":
+        return backbone[: max(0, len(backbone) - epoch // int(argument or 1))]
+    return []  # none
+
+
+def _named(term: str, backbone: Sequence[str], heads: Sequence[str]) -> Sequence[str]:
+    """The groups that a name in `only:` means."""
+    kind, _, argument = term.partition(".")
+    if kind == "embeddings":
+        return backbone[:1]
+    if kind == "heads":
+        return [_head(argument, heads)] if argument else heads
+    first, _, last = argument.partition("-")
+    if not argument:
+        return backbone[1:]
+    if not int(first) <= int(last or first) < len(backbone) - 1:
+        raise ValueError(f"{term!r}: the model has layers.0 to layers.{len(backbone) - 2}, counted upwards")
+    return backbone[1 + int(first) : 2 + int(last or first)]
+
+
+def _head(name: str, heads: Sequence[str]) -> str:
+    if f"heads.{name}" not in heads:
+        known = ", ".join(head.removeprefix("heads.") for head in heads) or "none"
+        raise ValueError(f"the model has no head {name!r}, its heads are: {known}")
+    return f"heads.{name}"
+
+
+def set_groups(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Gives an optimizer these parameter groups in place of those it has.
+
+    A parameter that stays keeps its state (momentum); one that leaves loses it.
+    """
+    optimizer.param_groups.clear()
+    for group in groups:
+        optimizer.add_param_group(dict(group))
+    kept = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for parameter in [p for p in optimizer.state if id(p) not in kept]:
+        del optimizer.state[parameter]

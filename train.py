@@ -1,0 +1,511 @@
+"""Trains task heads on a shared encoder, any part of it frozen.
+
+    python train.py --model all-MiniLM-L6-v2
+
+trains two heads on the sentences of heads/demo.csv; `--help` lists what can be changed. This file reads
+from the top: data, model, the loop, evaluation, the report. The options are in heads/options.py, what can
+be frozen in minibert/freezing.py, the files of a run in heads/run_directory.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from heads import MISSING, MLPHead, MultiTaskLoss, MultiTaskModel
+from heads.data import (
+    DEMO,
+    SPLITS,
+    DataError,
+    Example,
+    SentenceDataset,
+    dummy_examples,
+    epoch_batches,
+    fingerprint,
+    label_names,
+    read_examples,
+    stratified_split,
+)
+from heads.features import compute, fill, size_in_bytes
+from heads.metrics import TaskMetrics, majority
+from heads.multitask import SETTINGS
+from heads.options import Options, read_options
+from heads.processes import Processes
+from heads.report import Bar, print_epoch, print_results, write_report
+from heads.run_directory import RunDirectory
+from heads.training_state import Progress, collect, restore
+from minibert import BertModel, Tokenizer
+from minibert.freezing import FreezePlan, set_groups
+from minibert.sentence_encoder import evaluating
+from weights import resolve
+
+WIDTHS = (256, 128)  # of the first task's head, of every other's
+EVALUATION_BATCH = 64
+EXAMPLES = (
+    "Is it going to rain tomorrow?",
+    "The stock market is crashing badly!",
+    "I'm so happy about my promotion!",
+)
+
+# ------------------------------------------------------------------------------------------------- data
+
+
+def read_sets(options: Options) -> tuple[dict[str, list[Example]], list[str]]:
+    """The examples of train, validation and test, and the names of the tasks."""
+    tasks = options.pairs("task")
+    if options.train or options.validation or options.test:
+        sets = {name: read_files(options, name, tasks) for name in SPLITS}
+    elif options.data == "demo":
+        tasks = {"type": "type", "sentiment": "sentiment"}
+        sets = {"train": read_examples(DEMO, "text", tasks, split="split")}
+    else:
+        labels = {"type": ("question", "news", "statement"), "sentiment": ("negative", "neutral", "positive")}
+        tasks = {name: name for name in labels}
+        sets = {"train": dummy_examples(400, labels, options.seed)}
+    whole = sets["train"]
+    for name in ("validation", "test"):
+        marked = [example for example in whole if example.split == name]
+        if marked and sets.get(name):
+            raise DataError(f"{marked[0].where} is marked {name}, but --{name} is given too: use one of them")
+        sets[name] = marked or sets.get(name, [])
+    sets["train"] = [example for example in whole if example.split in ("", "train")]
+    if sets["train"] and not sets["validation"]:
+        sets["train"], sets["validation"] = stratified_split(
+            sets["train"], options.validation_fraction, options.seed
+        )
+    return {name: examples for name, examples in sets.items() if examples}, list(tasks)
+
+
+def read_files(options: Options, name: str, tasks: dict[str, str]) -> list[Example]:
+    """One set from its files: FILE holds all tasks, TASK=FILE one."""
+    examples = []
+    for source, given in enumerate(getattr(options, name)):
+        task, equals, path = given.partition("=")
+        if equals and task in tasks and not Path(given).exists():
+            columns = {task: tasks[task]}
+        else:
+            path, columns = given, tasks
+        examples += read_examples(path, options.text, columns, split=options.split, source=source)
+    return examples
+
+
+# ------------------------------------------------------------------------------------------------ model
+
+
+def build_model(options: Options, tasks: list[str], examples: list[Example]) -> MultiTaskModel:
+    """The encoder and a head for every task: the heads that the checkpoint has, new ones for the rest."""
+    directory = resolve(options.model)
+    heads: dict[str, nn.Module] = {}
+    labels: dict[str, tuple[str, ...]] = {}
+    if (directory / SETTINGS).is_file():
+        trained = MultiTaskModel.from_pretrained(directory, dtype=torch.float32)
+        encoder, heads, labels = trained.encoder, dict(trained.heads.items()), dict(trained.labels)
+    else:
+        encoder = BertModel.from_pretrained(directory, dtype=torch.float32)
+    new = [task for task in tasks if task not in heads]
+    if options.eval_only and (new or not heads):
+        raise ValueError(f"--eval-only: {options.model} has no head for {new[0] if new else 'any task'}")
+    labels |= label_names(examples, new)
+    torch.manual_seed(options.seed)
+    for task in new:
+        width = WIDTHS[0] if task == tasks[0] else WIDTHS[1]
+        heads[task] = MLPHead(encoder.config.hidden_size, width, len(labels[task]))
+    model = MultiTaskModel(encoder, heads, labels=labels, tokenizer=Tokenizer.from_pretrained(directory))
+    for parameter in model.parameters():
+        # MKL may round differently where a matrix begins elsewhere in memory, as it does in each mapped file
+        parameter.data = parameter.data.clone()
+    return model.eval()
+
+
+class TrainingStep(nn.Module):
+    """From a batch to its loss, as one module: what runs in parallel."""
+
+    def __init__(self, model: MultiTaskModel, loss: MultiTaskLoss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(
+        self, batch: dict[str, Tensor], labels: dict[str, Tensor], depth: int | None, counts: dict[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """The objective, each task's loss, and the logits; `counts` as in MultiTaskLoss."""
+        logits = compute(self.model, batch, depth).logits
+        return *self.loss(logits, labels, counts), logits
+
+
+# ------------------------------------------------------------------------------------------------- loop
+
+
+def train(
+    options: Options,
+    run: RunDirectory,
+    model: MultiTaskModel,
+    sets: dict[str, SentenceDataset],
+    processes: Processes,
+    progress: Progress,
+    state: dict[str, Tensor],
+) -> None:
+    """Trains from where `progress` and `state` are, and saves. Raises KeyboardInterrupt after Ctrl-C."""
+    plan, epochs = options.plan(), all_batches(options, sets["train"])
+    total = sum(map(len, epochs))
+    weights = {task: float(value) for task, value in options.pairs("loss_weight").items()}
+    loss = MultiTaskLoss(list(model.heads), weights=weights, uncertainty=options.balance == "uncertainty")
+    step = TrainingStep(model, loss.to(processes.device))
+    optimizer = torch.optim.AdamW(parameter_groups(plan, step, progress.epoch))
+    restore(state, step, optimizer, processes)
+
+    def save() -> None:
+        tensors = collect(step, optimizer, processes)
+        if processes.is_first:
+            run.save("last", model, progress, tensors)
+
+    with catching_interrupts() as caught:
+        for epoch in range(progress.epoch, len(epochs)):
+            plan.apply(model, epoch)
+            set_groups(optimizer, parameter_groups(plan, step, epoch))
+            rates = [group["lr"] for group in optimizer.param_groups]
+            trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            cache_features(options, plan, model, sets, epochs, epoch)
+            parallel = processes.parallel(step)
+            model.train()
+            loader = DataLoader(
+                sets["train"],
+                batch_sampler=epochs[epoch][progress.batch :],
+                collate_fn=sets["train"].collate,
+                generator=torch.Generator(),  # the loader draws a number, which must not be one of dropout's
+            )
+            title = f"epoch {epoch + 1}/{len(epochs)}"
+            bar = Bar(title, len(epochs[epoch]), progress.batch, hidden=not processes.is_first)
+            for batch in loader:
+                counts = {task: float((batch[f"labels.{task}"] != MISSING).sum()) for task in model.heads}
+                factor = rate_factor(options, progress.step, total)
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * factor
+                record: dict[str, Any] = {"epoch": epoch, "step": progress.step + 1}
+                record |= {"lr": plan.lr * factor, "head_lr": plan.head_lr * factor}
+
+                mine = processes.share(batch)
+                labels = {task: mine.pop(f"labels.{task}") for task in model.heads}
+                shares = {task: count / processes.count for task, count in counts.items()}
+                with autocast(options, processes.device):
+                    objective, losses, logits = parallel(mine, labels, sets["train"].depth, shares)
+                hits = [float((logits[task].argmax(1) == labels[task]).sum()) for task in labels]
+                sums = processes.totals(
+                    [*(float(x.detach()) for x in losses.values()), *hits, float(len(caught))]
+                )
+                means = {task: value / processes.count for task, value in zip(losses, sums, strict=False)}
+                for task, value in means.items():
+                    check_finite(f"loss of {task}", value, record)
+                optimizer.zero_grad()
+                objective.backward()
+                norm = nn.utils.clip_grad_norm_(trained, options.clip_norm or math.inf)
+                check_finite("length of the gradient", float(norm), record)
+                optimizer.step()
+
+                progress.step += 1
+                progress.batch += 1
+                for task, hit in zip(losses, sums[len(losses) :], strict=False):
+                    progress.count(task, means[task] * counts[task], hit, counts[task])
+                if processes.is_first:
+                    run.log({**record, "losses": means})
+                bar.advance(sum(means.values()), int(batch["attention_mask"].sum()))
+                interrupted = sums[-1] > 0  # in any process
+                if interrupted or (options.save_every and progress.step % options.save_every == 0):
+                    save()
+                if interrupted:
+                    raise KeyboardInterrupt
+            bar.close()
+
+            metrics = processes.from_first(lambda: evaluate(options, model, sets["validation"], processes))
+            better = progress.judge(score(metrics, options.metric))
+            if processes.is_first:
+                record = {"epoch": epoch, "step": progress.step, "trained": plan.trained(model, epoch)}
+                record |= {"train": progress.means(), "validation": {t: asdict(m) for t, m in metrics.items()}}
+                run.log(record)
+                print_epoch(f"{title}, step {progress.step}{bar.speed()}", record, baseline(sets, "validation"))
+                if better:
+                    run.save("best", model)
+            stop = bool(options.patience) and progress.stale >= options.patience
+            progress.next_epoch(finished=stop or epoch + 1 == len(epochs))
+            save()
+            if stop:
+                break
+            if any(processes.totals([float(len(caught))])):
+                raise KeyboardInterrupt
+
+
+def all_batches(options: Options, dataset: SentenceDataset) -> list[list[list[int]]]:
+    """The batches of every epoch."""
+    epochs: list[list[list[int]]] = []
+    left = options.steps or math.inf
+    while left > 0 and (options.steps or len(epochs) < options.epochs):
+        batches = epoch_batches(
+            dataset,
+            len(epochs),
+            seed=options.seed,
+            batch_size=options.batch_size,
+            batch_tokens=options.batch_tokens,
+            uniform=options.mixing == "uniform",
+        )
+        epochs.append(batches[: int(min(left, len(batches)))])
+        left -= len(epochs[-1])
+    return epochs
+
+
+def parameter_groups(plan: FreezePlan, step: TrainingStep, epoch: int) -> list[dict[str, Any]]:
+    """The plan's, and the learned weights of the losses, which no plan freezes."""
+    learned = list(step.loss.parameters())
+    group = {"name": "loss weights", "params": learned, "lr": plan.head_lr, "weight_decay": 0.0}
+    return plan.optimizer_groups(step.model, epoch) + [group] * bool(learned)
+
+
+def rate_factor(options: Options, step: int, total: int) -> float:
+    """What learning rates are multiplied by in a step (from 0): the schedules of transformers."""
+    warmup = round(options.warmup * total)
+    if step < warmup:
+        return step / warmup
+    if options.schedule == "constant":
+        return 1.0
+    done = (step - warmup) / max(1, total - warmup)
+    return 1 - done if options.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def cache_features(
+    options: Options,
+    plan: FreezePlan,
+    model: MultiTaskModel,
+    sets: dict[str, SentenceDataset],
+    epochs: list[list[list[int]]],
+    epoch: int,
+) -> None:
+    """Computes once what frozen layers give, if they stay frozen for several epochs and memory allows."""
+    train, validation = sets["train"], sets["validation"]
+    depths = [plan.frozen_depth(model, e) for e in range(len(epochs))]
+    depth = depths[epoch]
+    if train.features is not None and train.depth == depth:
+        return
+    train.forget_features()
+    validation.forget_features()
+    if depth is None or depths.count(depth) < 2:
+        return
+    needed = size_in_bytes(model, train, depth) + size_in_bytes(model, validation, depth)
+    if needed <= options.feature_cache_mb * 1e6:
+        device = model.encoder.embeddings.word.weight.device
+        with evaluating(model), autocast(options, device):
+            fill(model, train, epochs[depths.index(depth)], depth)
+            fill(model, validation, evaluation_batches(validation), depth)
+
+
+def autocast(options: Options, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=options.bf16)
+
+
+def check_finite(name: str, value: float, record: dict[str, Any]) -> None:
+    if not math.isfinite(value):
+        raise ValueError(
+            f"step {record['step']}: the {name} is {value}, at learning rate {record['lr']:.3g} (heads "
+            f"{record['head_lr']:.3g}): stopped, best/ and last/ are as last saved; try a smaller --lr"
+        )
+
+
+@contextmanager
+def catching_interrupts() -> Iterator[list[int]]:
+    """A list that is no longer empty once Ctrl-C was pressed. A second Ctrl-C stops at once."""
+    caught: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        caught.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluation_batches(dataset: SentenceDataset) -> list[list[int]]:
+    order = sorted(range(len(dataset)), key=lambda i: len(dataset.ids[i]))
+    return [order[i : i + EVALUATION_BATCH] for i in range(0, len(order), EVALUATION_BATCH)]
+
+
+def evaluate(
+    options: Options, model: MultiTaskModel, dataset: SentenceDataset, processes: Processes
+) -> dict[str, TaskMetrics]:
+    """Each task's metrics on a set."""
+    logits: dict[str, list[Tensor]] = {task: [] for task in model.heads}
+    labels: dict[str, list[Tensor]] = {task: [] for task in model.heads}
+    with evaluating(model), autocast(options, processes.device):
+        for indices in evaluation_batches(dataset):
+            batch = {name: tensor.to(processes.device) for name, tensor in dataset.collate(indices).items()}
+            output = compute(model, batch, dataset.depth)
+            for task in model.heads:
+                logits[task].append(output.logits[task])
+                labels[task].append(batch[f"labels.{task}"])
+    return {task: TaskMetrics.of(torch.cat(logits[task]), torch.cat(labels[task])) for task in model.heads}
+
+
+def score(metrics: dict[str, TaskMetrics], name: str) -> float:
+    """What checkpoints are compared by, larger is better: the metric of one task, or its mean over tasks."""
+    task, _, metric = name.rpartition(".")
+    values = [getattr(m, metric) for t, m in metrics.items() if t == (task or t)]
+    known: list[float] = [value for value in values if value is not None]
+    return (-1.0 if metric == "loss" else 1) * sum(known) / len(known)
+
+
+# ---------------------------------------------------------------------------------------- all of a run
+
+
+def run_all(options: Options, processes: Processes) -> None:
+    """Data, model, training or only evaluation, report."""
+    examples, tasks = read_sets(options)
+    progress = Progress({name: fingerprint(some) for name, some in examples.items()}, processes.count)
+    state: dict[str, Tensor] = {}
+    run = None
+    if options.resume:
+        run = RunDirectory(str(options.output))
+        processes.from_first(run.recover)
+        progress, state = run.load(progress)
+    start = replace(options, model=f"{options.output}/last") if state else options
+    model = build_model(start, tasks, examples.get("train", [])).to(processes.device)
+    assert model.tokenizer is not None
+    sets = {name: SentenceDataset(some, model.tokenizer, model.labels) for name, some in examples.items()}
+    if options.eval_only:
+        run = open_run(options, model, processes) if options.output else None
+    else:
+        plan = options.plan()
+        plan.apply(model, progress.epoch)
+        check_settings(options, plan, model, sets)
+        if processes.is_first:
+            sizes = ", ".join(f"{len(dataset):,} {name}" for name, dataset in sets.items())
+            print(f"sentences: {sizes}\n\n{plan.summary(model, progress.epoch)}\n", flush=True)
+        if run is not None and state:
+            processes.from_first(partial(run.rewind, progress))
+        else:
+            run = open_run(options, model, processes)
+        if plan.trains_nothing(model) and processes.is_first:
+            print(f"--freeze {options.freeze} leaves nothing to train: this only evaluates\n")
+            run.save("best", model)
+            run.save("last", model, progress, {"random/0/cpu": torch.get_rng_state()})
+        elif not progress.finished:
+            train(options, run, model, sets, processes, progress, state)
+        model = MultiTaskModel.from_pretrained(run.path / "best").to(processes.device)
+    if processes.is_first:
+        finish(options, run, model, sets, processes)
+
+
+def check_settings(
+    options: Options, plan: FreezePlan, model: MultiTaskModel, sets: dict[str, SentenceDataset]
+) -> None:
+    """What could only fail later is said before training."""
+    for name in ("train", "validation"):
+        if name not in sets:
+            raise DataError(f"there is no sentence for {name}")
+    if not plan.trains_nothing(model) and not plan.trained(model, 0):
+        raise ValueError(f"--freeze {options.freeze} leaves nothing to train in the first epoch")
+    task = options.metric.rpartition(".")[0]
+    if task and task not in model.heads:
+        raise ValueError(f"--metric {options.metric}: no task {task!r}, there are: {', '.join(model.heads)}")
+    judged = [task] if task else list(model.heads)
+    if not any((sets["validation"].labels[name] != MISSING).any() for name in judged):
+        raise ValueError(f"--metric {options.metric}: no validation sentence has a label for it")
+    for name in plan.trained(model, sys.maxsize):
+        task = name.removeprefix("heads.")
+        if task in model.heads and not (sets["train"].labels[task] != MISSING).any():
+            warnings.warn(
+                f"no training sentence has a label for {task}: --freeze head:{task} keeps its head",
+                stacklevel=1,
+            )
+
+
+def open_run(options: Options, model: MultiTaskModel, processes: Processes) -> RunDirectory:
+    """The directory of a new run, made by the first process."""
+
+    def begin() -> Path:
+        free = (path for i in itertools.count(1) if not (path := Path("runs", str(i))).exists())
+        path = Path(options.output) if options.output else next(free)
+        if (path / "config.json").exists() and not options.resume:
+            raise ValueError(f"{path} holds a run: go on with it by --resume, or give another --output")
+        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+        needed = sum(4 * size + 4 * size * trained for size, trained in sizes)  # best, last, and a new last
+        RunDirectory(path).begin(options.resolved(), needed)
+        return path
+
+    return RunDirectory(processes.from_first(begin))
+
+
+def finish(
+    options: Options,
+    run: RunDirectory | None,
+    model: MultiTaskModel,
+    sets: dict[str, SentenceDataset],
+    processes: Processes,
+) -> None:
+    """Evaluates the best checkpoint, prints and writes what came out."""
+    results = {}
+    majorities: dict[str, dict[str, float | None]] = {}
+    for name in sets.keys() - {"train"}:
+        sets[name].forget_features()
+        results[name] = evaluate(options, model, sets[name], processes)
+        majorities[name] = baseline(sets, name)
+    print_results(results, majorities)
+    print()
+    for sentence, prediction in zip(EXAMPLES, model.predict(EXAMPLES), strict=True):
+        answers = (f"{task}: {p['label']} ({p['probability']:.0%})" for task, p in prediction.items())
+        print(f"{sentence:<36}  {'   '.join(answers)}")
+    if run is not None:
+        plan = options.plan().summary(model)
+        write_report(run, results, labels=model.labels, majorities=majorities, plan=plan)
+        print(f"\nin {run.path}: best/ and last/ (MultiTaskModel.from_pretrained), report.md, metrics.jsonl")
+
+
+def baseline(sets: dict[str, SentenceDataset], name: str) -> dict[str, float | None]:
+    """The accuracy on a set of always answering what is most frequent in training."""
+    labels = sets[name].labels
+    return {
+        task: majority(sets["train"].labels[task], labels[task]) if "train" in sets else None for task in labels
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: done. 2: an error, in one sentence on stderr. 130: interrupted; what was done is saved."""
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            options = read_options(argv)
+            processes = Processes(options.device)
+            try:
+                run_all(options, processes)
+            finally:
+                processes.close()
+        return 0
+    except KeyboardInterrupt:
+        print("train.py: interrupted; a run that has begun goes on with --output DIR --resume", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError) as error:  # DataError and CheckpointError among them
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+def show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"train.py: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
