@@ -177,7 +177,7 @@ def train(
             plan.apply(model, epoch)
             set_groups(optimizer, parameter_groups(plan, step, epoch))
             rates = [group["lr"] for group in optimizer.param_groups]
-            trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
             cache_features(options, plan, model, sets, epochs, epoch)
             parallel = processes.parallel(step)
             model.train()
@@ -273,14 +273,15 @@ def parameter_groups(plan: FreezePlan, step: TrainingStep, epoch: int) -> list[d
 
 
 def rate_factor(options: Options, step: int, total: int) -> float:
-    """What learning rates are multiplied by in a step (from 0): the schedules of transformers."""
+    """What learning rates are multiplied by in a step (from 0), computed as transformers does."""
     warmup = round(options.warmup * total)
     if step < warmup:
         return step / warmup
     if options.schedule == "constant":
         return 1.0
-    done = (step - warmup) / max(1, total - warmup)
-    return 1 - done if options.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    if options.schedule == "linear":
+        return (total - step) / (total - warmup)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
 def cache_features(

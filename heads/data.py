@@ -207,7 +207,7 @@ def dummy_examples(count: int, tasks: Mapping[str, Sequence[str]], seed: int) ->
     def choose(options: Sequence[str]) -> str:
         return options[int(torch.randint(len(options), (), generator=generator))]
 
-    words = "the a red old small river dog sees opens table and under green seven letter".split()  # noqa: SIM905
+    words = "the a red old small river dog sees opens table and under green seven letter".split()
     return [
         Example(
             " ".join(choose(words) for _ in range(3 + int(torch.randint(12, (), generator=generator)))),

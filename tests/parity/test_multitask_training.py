@@ -1,0 +1,106 @@
+"""train.py's losses and final weights equal the same loop written with transformers, bit for bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from benchmarks.transformers_loop import train_with_transformers
+from heads import MultiTaskModel
+from heads.data import SentenceDataset, epoch_batches, read_examples
+from minibert import Tokenizer
+from tests.conftest import save_random_bert
+from weights.key_maps import FAMILIES
+
+TASKS = {"type": "type", "sentiment": "sentiment"}
+LABELS = {"type": ("0", "1", "2"), "sentiment": ("0", "1", "2", "3")}
+STRATEGIES = [
+    "none",
+    "backbone",
+    "head:sentiment",
+    "layers:0",
+    "layers:1",
+    "layers:3",
+    "gradual",
+    "gradual:2,head:type",
+    "layers:1,head:type",
+    "only:layers.1-2,heads",
+]
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+    """Random, odd-sized, dropout 0.1, with a real tokenizer."""
+    directory = save_random_bert(
+        tmp_path_factory.mktemp("model"),
+        hidden_size=36,
+        num_attention_heads=3,
+        num_hidden_layers=3,
+        intermediate_size=37,
+        max_position_embeddings=29,
+    )
+    for name, content in Tokenizer.from_pretrained(minilm).files().items():
+        (directory / name).write_bytes(content)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """61 sentences of 1 to 16 words; some labels missing, in one task more than in the other."""
+    generator = torch.Generator().manual_seed(3)
+
+    def pick(count: int) -> int:
+        return int(torch.randint(count, (), generator=generator))
+
+    words = "a red fox sees seven rivers and the old table under green letters, doesn't it?".split()
+    rows = ["text,type,sentiment"]
+    for _ in range(61):
+        text = " ".join(words[pick(len(words))] for _ in range(1 + pick(16))).replace(",", "")
+        kind = "" if pick(5) == 0 else str(pick(3))
+        rows.append(f"{text},{kind},{'' if pick(4) else pick(4)}")
+    path = tmp_path_factory.mktemp("data") / "table.csv"
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy(model_directory: Path, table: Path, tmp_path: Path, strategy: str) -> None:
+    run = tmp_path / "run"
+    command = f"--model {model_directory} --train {table} --validation {table} --freeze {strategy}"
+    command += " --task type=type --task sentiment=sentiment --epochs 5 --batch-size 7 --seed 5"
+    command += f" --lr 1e-3 --head-lr 3e-3 --weight-decay 0.1 --feature-cache-mb 0 --output {run}"
+    assert train.main(command.split()) == 0
+    ours = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["losses"] for record in ours if "losses" in record]
+
+    dataset = SentenceDataset(
+        read_examples(table, "text", TASKS), Tokenizer.from_pretrained(model_directory), LABELS
+    )
+    reference = train_with_transformers(
+        model_directory,
+        [example.text for example in read_examples(table, "text", TASKS)],
+        dataset.labels,
+        [epoch_batches(dataset, epoch, seed=5, batch_size=7) for epoch in range(5)],
+        spec=strategy,
+        lr=1e-3,
+        head_lr=3e-3,
+        weight_decay=0.1,
+        seed=5,
+    )
+    model = None
+    expected = []
+    for step_losses, model in reference:  # noqa: B007
+        expected.append(step_losses)
+    assert len(losses) == 45
+    assert losses == expected
+    assert any(0.0 in step.values() for step in losses)  # a batch with no label for a task
+    assert model is not None
+    published = dict(model.encoder.named_parameters())
+    last = MultiTaskModel.from_pretrained(run / "last")
+    for name, parameter in last.encoder.named_parameters():
+        assert torch.equal(parameter, published[FAMILIES["bert"].to_published(name)]), name
+    for head, classifier in zip(last.heads.values(), model.classifiers, strict=True):
+        for parameter, theirs in zip(head.parameters(), classifier.parameters(), strict=True):
+            assert torch.equal(parameter, theirs)
