@@ -461,7 +461,7 @@ def finish(
     """Evaluates the best checkpoint, prints and writes what came out."""
     results = {}
     majorities: dict[str, dict[str, float | None]] = {}
-    for name in sets.keys() - {"train"}:
+    for name in (name for name in SPLITS[1:] if name in sets):
         sets[name].forget_features()
         results[name] = evaluate(options, model, sets[name], processes)
         majorities[name] = baseline(sets, name)

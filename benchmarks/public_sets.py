@@ -2,9 +2,9 @@
 
     python benchmarks/public_sets.py DATA OUT
 
-DATA holds trec/train_5500.label, trec/TREC_10.label, sst2/train.tsv, sst2/dev.tsv and sst2/test.tsv as published
-(see docs/results.md). OUT gets a .csv per set, with the columns text and label. A tenth of TREC's training set,
-stratified, becomes its validation set.
+DATA holds trec/train_5500.label, trec/TREC_10.label, sst2/train.tsv, sst2/dev.tsv and sst2/test.tsv as
+published (see docs/results.md). OUT gets a .csv per set, with the columns text and label. A tenth of TREC's
+training set, stratified, becomes its validation set.
 """
 
 import argparse

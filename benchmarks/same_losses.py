@@ -2,7 +2,8 @@
 
     python benchmarks/same_losses.py SETS    # what public_sets.py wrote
 
-Both start from the same weights and seed, see the same batches, and have dropout on. Exits with 1 if any bit differs.
+Both start from the same weights and seed, see the same batches, and have dropout on. Exits with 1 if any
+bit differs.
 """
 
 import argparse

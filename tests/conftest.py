@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from minibert import Tokenizer
 from weights import resolve
 
 MINILM = "all-MiniLM-L6-v2"
@@ -35,6 +36,20 @@ def minilm() -> Path:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BERT of odd sizes, made and written by transformers."""
     return save_random_bert(tmp_path_factory.mktemp("tiny"), **TINY)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+    """A random BERT of three layers and odd sizes, dropout 0.1, with a real tokenizer."""
+    return save_small(tmp_path_factory.mktemp("small"), minilm)
+
+
+def save_small(directory: Path, minilm: Path, **fields: Any) -> Path:
+    sizes = TINY | {"vocab_size": 30522, "num_hidden_layers": 3, "max_position_embeddings": 29}
+    save_random_bert(directory, **sizes | fields)
+    for name, content in Tokenizer.from_pretrained(minilm).files().items():
+        (directory / name).write_bytes(content)
+    return directory
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

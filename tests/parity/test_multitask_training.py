@@ -11,7 +11,6 @@ from benchmarks.transformers_loop import train_with_transformers
 from heads import MultiTaskModel
 from heads.data import SentenceDataset, epoch_batches, read_examples
 from minibert import Tokenizer
-from tests.conftest import save_random_bert
 from weights.key_maps import FAMILIES
 
 TASKS = {"type": "type", "sentiment": "sentiment"}
@@ -28,22 +27,6 @@ STRATEGIES = [
     "layers:1,head:type",
     "only:layers.1-2,heads",
 ]
-
-
-@pytest.fixture(scope="module")
-def model_directory(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
-    """Random, odd-sized, dropout 0.1, with a real tokenizer."""
-    directory = save_random_bert(
-        tmp_path_factory.mktemp("model"),
-        hidden_size=36,
-        num_attention_heads=3,
-        num_hidden_layers=3,
-        intermediate_size=37,
-        max_position_embeddings=29,
-    )
-    for name, content in Tokenizer.from_pretrained(minilm).files().items():
-        (directory / name).write_bytes(content)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -66,20 +49,18 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_strategy(model_directory: Path, table: Path, tmp_path: Path, strategy: str) -> None:
+def test_every_strategy(small: Path, table: Path, tmp_path: Path, strategy: str) -> None:
     run = tmp_path / "run"
-    command = f"--model {model_directory} --train {table} --validation {table} --freeze {strategy}"
+    command = f"--model {small} --train {table} --validation {table} --freeze {strategy}"
     command += " --task type=type --task sentiment=sentiment --epochs 5 --batch-size 7 --seed 5"
     command += f" --lr 1e-3 --head-lr 3e-3 --weight-decay 0.1 --feature-cache-mb 0 --output {run}"
     assert train.main(command.split()) == 0
     ours = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [record["losses"] for record in ours if "losses" in record]
 
-    dataset = SentenceDataset(
-        read_examples(table, "text", TASKS), Tokenizer.from_pretrained(model_directory), LABELS
-    )
+    dataset = SentenceDataset(read_examples(table, "text", TASKS), Tokenizer.from_pretrained(small), LABELS)
     reference = train_with_transformers(
-        model_directory,
+        small,
         [example.text for example in read_examples(table, "text", TASKS)],
         dataset.labels,
         [epoch_batches(dataset, epoch, seed=5, batch_size=7) for epoch in range(5)],
