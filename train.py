@@ -130,6 +130,12 @@ def build_model(options: Options, tasks: list[str], examples: list[Example]) -> 
     return model.eval()
 
 
+def build_loss(options: Options, model: MultiTaskModel) -> MultiTaskLoss:
+    """The tasks' losses and how they are added."""
+    uncertainty = options.balance == "uncertainty"
+    return MultiTaskLoss(list(model.heads), weights=options.loss_weights(), uncertainty=uncertainty)
+
+
 class TrainingStep(nn.Module):
     """From a batch to its loss, as one module: what runs in parallel."""
 
@@ -161,9 +167,7 @@ def train(
     """Trains from where `progress` and `state` are, and saves. Raises KeyboardInterrupt after Ctrl-C."""
     plan, epochs = options.plan(), all_batches(options, sets["train"])
     total = sum(map(len, epochs))
-    weights = {task: float(value) for task, value in options.pairs("loss_weight").items()}
-    loss = MultiTaskLoss(list(model.heads), weights=weights, uncertainty=options.balance == "uncertainty")
-    step = TrainingStep(model, loss.to(processes.device))
+    step = TrainingStep(model, build_loss(options, model).to(processes.device))
     optimizer = torch.optim.AdamW(parameter_groups(plan, step, progress.epoch))
     restore(state, step, optimizer, processes)
 
@@ -281,7 +285,8 @@ def rate_factor(options: Options, step: int, total: int) -> float:
         return 1.0
     if options.schedule == "linear":
         return (total - step) / (total - warmup)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    done = (step - warmup) / (total - warmup)
+    return 0.5 * (1 + math.cos(math.pi * done))
 
 
 def cache_features(
@@ -418,6 +423,7 @@ def check_settings(
     for name in ("train", "validation"):
         if name not in sets:
             raise DataError(f"there is no sentence for {name}")
+    build_loss(options, model)
     if not plan.trains_nothing(model) and not plan.trained(model, 0):
         raise ValueError(f"--freeze {options.freeze} leaves nothing to train in the first epoch")
     task = options.metric.rpartition(".")[0]

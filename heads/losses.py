@@ -65,9 +65,7 @@ class MultiTaskLoss(nn.Module):
             losses[name] = summed / max(count, 1e-9)
             if self.log_variance is None:
                 total = total + weight * losses[name]
-            elif count:
+            else:
                 s = self.log_variance[i]
-                total = total + torch.exp(-s) * losses[name] + s / 2
-        if self.log_variance is not None:
-            total = total + 0 * self.log_variance.sum()  # in the graph even if no task has a label
+                total = total + torch.exp(-s) * losses[name] + (s / 2 if count else 0 * s)
         return total, losses

@@ -109,6 +109,13 @@ class Options:
         heads = heads if self.head_lr is None else self.head_lr
         return FreezePlan(self.freeze, lr, heads, self.weight_decay, self.layer_lr_decay)
 
+    def loss_weights(self) -> dict[str, float]:
+        """--loss-weight as numbers."""
+        try:
+            return {task: float(value) for task, value in self.pairs("loss_weight").items()}
+        except ValueError as error:
+            raise ValueError(f"--loss-weight {' '.join(self.loss_weight)}: {error}") from error
+
     def resolved(self) -> dict[str, Any]:
         """The options as config.json keeps them: what was left open filled in, and no name of the run."""
         plan = self.plan()

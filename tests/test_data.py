@@ -1,0 +1,273 @@
+"""Files of labelled sentences, and the batches made of them."""
+
+import csv
+import json
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from heads import MISSING
+from heads.data import (
+    DEMO,
+    DataError,
+    Example,
+    SentenceDataset,
+    dummy_examples,
+    epoch_batches,
+    fingerprint,
+    label_names,
+    read_examples,
+    stratified_split,
+)
+from minibert import Tokenizer
+
+TASKS = {"type": "kind", "mood": "feeling"}
+ROWS = [("Is it?", "q", ""), ('He said "no", twice.', "", "bad"), ("Ärger über\u2028Zeilen", "s", "bad")]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def test_the_three_formats_hold_the_same(tmp_path: Path) -> None:
+    names = ("text", "kind", "feeling")
+    with (tmp_path / "a.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file).writerows([names, *ROWS])
+    write(tmp_path / "a.tsv", "\n".join("\t".join(row) for row in [names, *ROWS]) + "\n")
+    lines = [json.dumps(dict(zip(names, row, strict=True))) for row in ROWS]
+    lines[0] = '{"text": "Is it?", "kind": "q", "feeling": null}'
+    lines[1] = '{"feeling": "bad", "text": "He said \\"no\\", twice."}'
+    write(tmp_path / "a.jsonl", "\n".join(lines) + "\n\n")
+    expected = [(text, {t: v for t, v in (("type", a), ("mood", b)) if v}) for text, a, b in ROWS]
+    for suffix, first in (("csv", 2), ("tsv", 2), ("jsonl", 1)):
+        path = tmp_path / f"a.{suffix}"
+        examples = read_examples(path, "text", TASKS)
+        assert [(e.text, e.labels) for e in examples] == expected
+        assert [e.where for e in examples] == [f"{path}, line {first + i}" for i in range(3)]
+
+
+def test_lines_are_counted_in_the_file_not_in_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", 'text,kind\n"two\nlines",x\n\n"next, please",y\n')
+    examples = read_examples(path, "text", {"type": "kind"})
+    assert [(e.text, e.where[-6:]) for e in examples] == [("two\nlines", "line 2"), ("next, please", "line 5")]
+
+
+def test_labels_of_json_can_be_numbers(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.jsonl",
+        '{"text": "a", "kind": 10}\n{"text": "b", "kind": 9}\n{"text": "c", "kind": true}\n',
+    )
+    examples = read_examples(path, "text", {"type": "kind"})
+    assert [e.labels["type"] for e in examples] == ["10", "9", "true"]
+    assert label_names(examples[:2], ["type"]) == {"type": ("9", "10")}
+    assert label_names(examples, ["type"]) == {"type": ("10", "9", "true")}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "x", "cannot tell what {} is: its name must end in .csv, .tsv or .jsonl"),
+        ("a.csv", "", "{} holds no examples"),
+        ("a.csv", "text,kind,feeling\n", "{} holds no examples"),
+        ("a.csv", "sentence,kind\nx,y\n", "{}, line 2: no column 'text', there are: sentence, kind"),
+        ("a.csv", "text,kind\nx,y\n", "{} has no column 'feeling' for mood, it has: kind, text"),
+        ("a.csv", "text,text\nx,y\n", "{}, line 1: two columns are named 'text'"),
+        ("a.csv", "text,kind,feeling\na,b,c\nd,e\n", "{}, line 3: 2 cells, but line 1 names 3 columns"),
+        ("a.csv", "text,kind,feeling\na,b,c,d\n", "{}, line 2: 4 cells, but line 1 names 3 columns"),
+        ("a.tsv", "text\tkind\tfeeling\na\tb\n", "{}, line 2: 2 cells, but line 1 names 3 columns"),
+        ("a.csv", "text,kind,feeling\n \t,b,c\n", "{}, line 2: the text (column 'text') is empty"),
+        ("a.csv", b"text,kind,feeling\na,b,c\n\xe4,b,c\n", "{}, line 3: not UTF-8 (byte 0xe4 at position 0)"),
+        ("a.csv", 'text,kind,feeling\n"a"b,b,c\n', "{}, line 2: "),
+        ("a.csv", 'text,kind,feeling\n"a,b,c\n', "{}, line 2: unexpected end of data"),
+        ("a.csv", f"text,kind,feeling\n{'a' * 140_000},b,c\n", "{}, line 2: field larger than field limit"),
+        ("a.jsonl", "{", "{}, line 1: not a JSON object of plain values"),
+        ("a.jsonl", "[1]", "{}, line 1: not a JSON object of plain values"),
+        (
+            "a.jsonl",
+            '{"text": ["x"], "kind": 1}',
+            "{}, line 1: not a JSON object of plain values (['x'] cannot",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "a", "kind": "x"}\n{"kind": "y"}',
+            "{}, line 2: no column 'text', there are: kind",
+        ),
+        ("a.jsonl", '{"text": "\\ud800"}', "{}, line 1: not valid Unicode, it has a lone surrogate"),
+        (
+            "a.csv",
+            "text,kind,feeling,split\na,b,c,dev\n",
+            "{}, line 2: split is 'dev', it must be train, validation",
+        ),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    path = write(tmp_path / name, content)
+    with pytest.raises(DataError) as caught:
+        read_examples(path, "text", TASKS, split="split")
+    assert message.format(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read: No such file or directory"):
+        read_examples(tmp_path / "a.csv", "text", TASKS)
+    (tmp_path / "b.csv").mkdir()
+    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+        read_examples(tmp_path / "b.csv", "text", TASKS)
+
+
+def test_labels_come_from_training(minilm: Path) -> None:
+    train = [Example("a", {"t": "y"}), Example("b", {"t": "x"}), Example("c", {})]
+    names = label_names(train, ["t"])
+    assert names == {"t": ("x", "y")}
+    dataset = SentenceDataset(train, Tokenizer.from_pretrained(minilm), names)
+    assert dataset.labels["t"].tolist() == [1, 0, MISSING]
+    with pytest.raises(DataError, match=r"dev\.csv, line 7: t is 'z', the known labels are x, y"):
+        SentenceDataset([Example("d", {"t": "z"}, "dev.csv, line 7")], Tokenizer.from_pretrained(minilm), names)
+    with pytest.raises(DataError, match="only the label 'y' for t: there must be two or more"):
+        label_names(train[:1], ["t"])
+    with pytest.raises(DataError, match="no label at all for u"):
+        label_names(train, ["u"])
+
+
+def test_stratified_split() -> None:
+    examples = [Example(str(i), {"t": "abc"[min(i % 7, 2)]}) for i in range(200)] + [
+        Example("rare", {"t": "d"})
+    ]
+    rest, held = stratified_split(examples, 0.2, seed=3)
+    assert sorted(e.text for e in rest + held) == sorted(e.text for e in examples)
+    assert len(held) == 40
+    whole, part = (Counter(e.labels["t"] for e in some) for some in (examples, held))
+    assert all(abs(part[label] - 0.2 * whole[label]) < 1 for label in whole)
+    assert [e.text for e in held if e.text != "rare"] == sorted((e.text for e in held), key=int)
+    assert stratified_split(examples, 0.2, seed=3) == (rest, held)
+    assert stratified_split(examples, 0.2, seed=4) != (rest, held)
+    with pytest.raises(DataError, match="2 examples are too few to hold 10% out"):
+        stratified_split(examples[:2], 0.1, seed=0)
+
+
+def lengths_dataset(lengths: list[int], sources: list[int] | None = None) -> SentenceDataset:
+    dataset = SentenceDataset.__new__(SentenceDataset)
+    dataset.ids = [list(range(1, n + 1)) for n in lengths]
+    dataset.sources = sources or [0] * len(lengths)
+    dataset.labels = {}
+    dataset.pad_token_id = 0
+    dataset.forget_features()
+    return dataset
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=300),
+    size=st.integers(1, 20),
+    tokens=st.none() | st.integers(1, 100),
+    epoch=st.integers(0, 3),
+)
+def test_each_epoch_has_every_sentence_once(
+    lengths: list[int], size: int, tokens: int | None, epoch: int
+) -> None:
+    dataset = lengths_dataset(lengths)
+    batches = epoch_batches(dataset, epoch, seed=1, batch_size=size, batch_tokens=tokens)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        if tokens is None:
+            assert 1 <= len(batch) <= size
+        else:
+            assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= tokens
+    assert batches == epoch_batches(dataset, epoch, seed=1, batch_size=size, batch_tokens=tokens)
+
+
+def test_batches_differ_by_epoch_and_seed_and_pad_little() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 60, (1000,), generator=generator).tolist()
+    dataset = lengths_dataset(lengths)
+    first = epoch_batches(dataset, 0, seed=0, batch_size=16)
+    assert len(first) == 63
+    assert first != epoch_batches(dataset, 1, seed=0, batch_size=16)
+    assert first != epoch_batches(dataset, 0, seed=1, batch_size=16)
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in first)
+    assert padded < 1.1 * sum(lengths)  # 1.85 in random batches
+    means = [sum(lengths[i] for i in batch) / len(batch) for batch in first]
+    assert abs(torch.corrcoef(torch.tensor([means, list(range(63))]))[0, 1]) < 0.3  # not by length
+
+
+def test_uniform_mixing_draws_as_often_from_a_small_file() -> None:
+    dataset = lengths_dataset([5] * 100, [0] * 80 + [1] * 20)
+    drawn: Counter[int] = Counter()
+    for epoch in range(4):
+        batches = epoch_batches(dataset, epoch, seed=0, batch_size=10, uniform=True)
+        counts = Counter(i for batch in batches for i in batch)
+        assert sum(counts[i] for i in range(80)) == sum(counts[i] for i in range(80, 100)) == 50
+        assert max(counts[i] for i in range(80)) == 1
+        assert {counts[i] for i in range(80, 100)} <= {2, 3}
+        drawn |= counts
+    assert len(drawn) > 95  # those that waited come in another epoch
+
+
+def test_collate() -> None:
+    dataset = lengths_dataset([2, 4])
+    dataset.labels = {"t": torch.tensor([7, MISSING])}
+    batch = dataset.collate([1, 0])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [1, 2, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["labels.t"].tolist() == [MISSING, 7]
+    dataset.features = [torch.ones(2, 3), torch.ones(4, 3)]
+    batch = dataset.collate([0, 1])
+    assert "input_ids" not in batch
+    assert batch["features"].shape == (2, 4, 3)
+    assert not batch["features"][0, 2:].any()
+
+
+def test_fingerprints_see_every_change() -> None:
+    examples = [Example("a", {"t": "x"}), Example("b", {})]
+    others = [
+        [examples[1], examples[0]],
+        [examples[0]],
+        [Example("a", {"t": "y"}), examples[1]],
+        [Example("a ", {"t": "x"}), examples[1]],
+        [examples[0], Example("b", {}, source=1)],
+    ]
+    assert len({fingerprint(some) for some in [examples, *others]}) == 6
+    assert fingerprint([Example("a", {"t": "x"}, where="elsewhere"), examples[1]]) == fingerprint(examples)
+
+
+def test_dummy_examples() -> None:
+    labels = {"a": ("x", "y"), "b": ("1", "2", "3")}
+    examples = dummy_examples(50, labels, seed=0)
+    assert {task: set(names) for task, names in label_names(examples, ["a", "b"]).items()} == {
+        task: set(names) for task, names in labels.items()
+    }
+    assert examples == dummy_examples(50, labels, seed=0) != dummy_examples(50, labels, seed=1)
+
+
+# --------------------------------------------------------------------------------------------- the demo
+
+
+@pytest.fixture(scope="module")
+def demo() -> list[Example]:
+    return read_examples(DEMO, "text", {"type": "type", "sentiment": "sentiment"}, split="split")
+
+
+def test_the_demo_is_balanced_and_a_fifth_is_held_out(demo: list[Example]) -> None:
+    assert len(demo) >= 400
+    splits = Counter(e.split for e in demo)
+    assert splits.keys() == {"train", "validation"}
+    assert splits["validation"] == pytest.approx(0.2 * len(demo), abs=1)
+    kinds = {"type": {"question", "news", "statement"}, "sentiment": {"negative", "neutral", "positive"}}
+    for task, names in kinds.items():
+        for split in splits:
+            counts = Counter(e.labels[task] for e in demo if e.split == split)
+            assert counts.keys() == names
+            assert max(counts.values()) < 0.45 * sum(counts.values())
+
+
+def test_the_demo_has_no_near_duplicates(demo: list[Example]) -> None:
+    words = [set(e.text.lower().replace(".", " ").replace("?", " ").replace(",", " ").split()) for e in demo]
+    assert max(len(a & b) / len(a | b) for a, b in combinations(words, 2)) < 0.6
+    assert all(e.text == e.text.strip() and e.text.isprintable() for e in demo)

@@ -1,0 +1,309 @@
+"""The multi-task model, its losses and its metrics."""
+
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
+from torch import Tensor, nn
+
+from heads import MISSING, MLPHead, MultiTaskLoss, MultiTaskModel
+from heads.metrics import TaskMetrics, majority
+from minibert import BertModel, SentenceEncoder, Tokenizer
+from minibert.freezing import FreezePlan
+from weights import CheckpointError
+
+LABELS = {"type": ("news", "question", "statement"), "sentiment": ("bad", "good")}
+SENTENCES = ["Does it rain?", "", "A much longer sentence than the others, it is about nothing.", "Fine."]
+
+
+def build(directory: Path, **changes: Any) -> MultiTaskModel:
+    torch.manual_seed(0)
+    arguments: dict[str, Any] = {"labels": LABELS, "tokenizer": Tokenizer.from_pretrained(directory)}
+    heads = {"type": MLPHead(36, 13, 3), "sentiment": MLPHead(36, 7, 2)}
+    return MultiTaskModel(BertModel.from_pretrained(directory), heads, **arguments | changes).eval()
+
+
+# ------------------------------------------------------------------------------------------------ model
+
+
+def test_one_pass_mean_pooling_and_every_head(small: Path) -> None:
+    model = build(small)
+    batch = Tokenizer.from_pretrained(small)(SENTENCES)
+    calls: list[object] = []
+    model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    output = model(**batch)
+    assert len(calls) == 1
+    expected = SentenceEncoder.from_pretrained(small)(batch["input_ids"], batch["attention_mask"])
+    assert torch.equal(output.embeddings, expected)
+    assert {name: tuple(logits.shape) for name, logits in output.logits.items()} == {
+        "type": (4, 3),
+        "sentiment": (4, 2),
+    }
+    head = {name: tensor.double() for name, tensor in model.heads["type"].named_parameters()}
+    hidden = (expected.double() @ head["hidden.weight"].T + head["hidden.bias"]).clamp(min=0)
+    by_hand = hidden @ head["out.weight"].T + head["out.bias"]
+    torch.testing.assert_close(output.logits["type"].double(), by_hand, rtol=1e-5, atol=1e-5)
+    alone = model(batch["input_ids"][:1, : batch["attention_mask"][0].sum()])  # no mask: nothing is padding
+    torch.testing.assert_close(alone.embeddings, expected[:1], rtol=1e-5, atol=1e-6)
+
+
+def test_predict(small: Path) -> None:
+    model = build(small)
+    model.train()
+    FreezePlan.parse("layers:1").apply(model)
+    modes = [module.training for module in model.modules()]
+    predictions = model.predict(SENTENCES)
+    assert [module.training for module in model.modules()] == modes
+    tokenizer = Tokenizer.from_pretrained(small)
+    model.eval()
+    for sentence, prediction in zip(SENTENCES, predictions, strict=True):
+        logits = model(**tokenizer([sentence])).logits
+        assert prediction.keys() == LABELS.keys()
+        for task, names in LABELS.items():
+            probabilities = logits[task][0].detach().softmax(0)
+            assert prediction[task]["label"] == names[int(probabilities.argmax())]
+            assert prediction[task]["probability"] == pytest.approx(float(probabilities.max()), rel=1e-5)
+    assert model.predict("Does it rain?") == model.predict(["Does it rain?"])
+    assert model.predict([]) == []
+
+
+def test_round_trip(small: Path, tmp_path: Path) -> None:
+    model = build(small)
+    model.save_pretrained(tmp_path / "saved")
+    again = MultiTaskModel.from_pretrained(tmp_path / "saved")
+    assert again.labels == LABELS
+    assert not again.training
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert again.predict(SENTENCES) == model.predict(SENTENCES)
+    again.save_pretrained(tmp_path / "twice")
+    for path in (tmp_path / "saved").rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "twice" / path.relative_to(tmp_path / "saved")).read_bytes()
+
+
+def test_the_encoder_is_saved_as_published(small: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel
+
+    model = build(small)
+    model.save_pretrained(tmp_path)
+    batch = Tokenizer.from_pretrained(tmp_path)(SENTENCES)
+    reference, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    expected = reference.eval()(**batch).last_hidden_state
+    assert torch.equal(model.encoder(**batch).last_hidden_state, expected)
+    embeddings = SentenceTransformer(str(tmp_path), device="cpu").encode(SENTENCES)
+    ours = SentenceEncoder.from_pretrained(tmp_path).encode(SENTENCES)
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(embeddings), rtol=1e-5, atol=1e-6)
+
+
+def test_without_tokenizer_and_labels(tiny: Path, tmp_path: Path) -> None:
+    model = MultiTaskModel(BertModel.from_pretrained(tiny), {"topic": MLPHead(36, 5, 11)})
+    assert model.labels == {"topic": tuple(map(str, range(11)))}
+    model.save_pretrained(tmp_path)
+    again = MultiTaskModel.from_pretrained(tmp_path)
+    assert again.tokenizer is None
+    ids = torch.arange(14).view(2, 7)
+    assert torch.equal(again(ids).logits["topic"], model.eval()(ids).logits["topic"])
+    with pytest.raises(ValueError, match="predict needs a tokenizer"):
+        again.predict("x")
+
+
+def test_a_head_of_ones_own(small: Path, tmp_path: Path) -> None:
+    model = build(small, labels=None)
+    model = MultiTaskModel(model.encoder, {"line": nn.Linear(36, 4)}, tokenizer=model.tokenizer).eval()
+    assert model.predict("x")[0]["line"]["label"] in "0123"
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"head line is not an MLPHead: pass it as from_pretrained"):
+        MultiTaskModel.from_pretrained(tmp_path)
+    again = MultiTaskModel.from_pretrained(tmp_path, heads={"line": nn.Linear(36, 4)})
+    assert again.predict(SENTENCES) == model.predict(SENTENCES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"heads": {"a.b": MLPHead(36, 5, 3)}}, "'a.b' cannot be the name of a task"),
+        ({"heads": {"": MLPHead(36, 5, 3)}}, "'' cannot be the name of a task"),
+        ({"heads": {"a": MLPHead(37, 5, 3)}}, "head a takes 37 numbers, the encoder gives 36"),
+        ({"labels": {"type": ["x", "y"]}}, "head type has 3 classes but 2 labels"),
+        ({"labels": {"type": "xyz"}}, "the labels of type are 'xyz', they must be a list of strings"),
+        ({"labels": {"other": ["x"]}}, "labels are given for 'other', the heads are: type"),
+    ],
+)
+def test_what_cannot_be_built(tiny: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        MultiTaskModel(BertModel.from_pretrained(tiny), **{"heads": {"type": MLPHead(36, 5, 3)}, **arguments})
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("heads.json", None, "has no heads.json"),
+        ("heads.json", "{}", "heads.json has no `heads`"),
+        ("heads.json", "[1]", "holds a JSON list"),
+        ("heads.json", '{"heads": {"type": {"hidden": 36}}}', "head type is not an MLPHead"),
+        (
+            "heads.json",
+            '{"heads": {"type": {"hidden": 36, "width": 9, "classes": 3}}}',
+            "does not fit heads.json",
+        ),
+        ("heads.safetensors", None, "heads.safetensors"),
+        ("heads.safetensors", "nonsense", "not a whole safetensors file"),
+    ],
+)
+def test_damaged_files(small: Path, tmp_path: Path, file: str, content: str | None, message: str) -> None:
+    build(small).save_pretrained(tmp_path)
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(CheckpointError) as caught:
+        MultiTaskModel.from_pretrained(tmp_path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# ----------------------------------------------------------------------------------------------- losses
+
+
+def random_batch(seed: int, missing: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    logits, labels = {}, {}
+    for task, classes in (("a", 3), ("b", 7)):
+        logits[task] = torch.randn((13, classes), generator=generator).requires_grad_()
+        labels[task] = torch.randint(classes, (13,), generator=generator)
+        labels[task][torch.rand(13, generator=generator) < missing] = MISSING
+    return logits, labels
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> float:
+    """By the formula, in float64, over the labels present."""
+    losses = [
+        math.log(sum(math.exp(x) for x in row)) - row[label]
+        for row, label in zip(logits.double().tolist(), labels.tolist(), strict=True)
+        if label != MISSING
+    ]
+    return sum(losses) / len(losses) if losses else 0.0
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.4, 0.9])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_mean_is_over_the_labels_present(seed: int, missing: float) -> None:
+    logits, labels = random_batch(seed, missing)
+    total, losses = MultiTaskLoss(["a", "b"])(logits, labels)
+    expected = {task: cross_entropy(logits[task].detach(), labels[task]) for task in logits}
+    for task in logits:
+        assert float(losses[task].detach()) == pytest.approx(expected[task], rel=1e-6, abs=1e-12)
+    assert float(total.detach()) == pytest.approx(sum(expected.values()), rel=1e-6)
+    weighted, _ = MultiTaskLoss(["a", "b"], weights={"b": 0.25})(logits, labels)
+    assert float(weighted.detach()) == pytest.approx(expected["a"] + 0.25 * expected["b"], rel=1e-6)
+
+
+def test_a_full_batch_gives_pytorchs_own_bits() -> None:
+    logits, labels = random_batch(0, 0.0)
+    total, _ = MultiTaskLoss(["a", "b"])(logits, labels)
+    assert torch.equal(
+        total, F.cross_entropy(logits["a"], labels["a"]) + F.cross_entropy(logits["b"], labels["b"])
+    )
+
+
+@pytest.mark.parametrize("uncertainty", [False, True])
+def test_a_task_without_a_label_contributes_exactly_nothing(uncertainty: bool) -> None:
+    logits, labels = random_batch(0, 0.0)
+    labels["b"][:] = MISSING
+    loss = MultiTaskLoss(["a", "b"], uncertainty=uncertainty)
+    if loss.log_variance is not None:
+        loss.log_variance.data += torch.tensor([0.3, -0.7])
+    total, losses = loss(logits, labels)
+    torch.autograd.backward(total)
+    assert losses["b"] == 0
+    assert logits["b"].grad is not None
+    assert not logits["b"].grad.any()
+    alone = MultiTaskLoss(["a"], uncertainty=uncertainty)
+    if loss.log_variance is not None and alone.log_variance is not None:
+        alone.log_variance.data += 0.3
+        assert loss.log_variance.grad is not None
+        assert loss.log_variance.grad[1] == 0
+    assert torch.equal(total, alone(logits, labels)[0])
+    labels["a"][:] = MISSING
+    nothing, _ = loss(logits, labels)
+    torch.autograd.backward(nothing)
+    assert nothing == 0
+
+
+def test_uncertainty_is_kendalls_formula() -> None:
+    logits, labels = random_batch(1, 0.3)
+    loss = MultiTaskLoss(["a", "b"], uncertainty=True)
+    assert loss.log_variance is not None
+    loss.log_variance.data = torch.tensor([0.3, -0.7])
+    total, losses = loss(logits, labels)
+    a, b = float(losses["a"].detach()), float(losses["b"].detach())
+    assert float(total.detach()) == pytest.approx(
+        math.exp(-0.3) * a + 0.15 + math.exp(0.7) * b - 0.35, rel=1e-6
+    )
+    torch.autograd.backward(total)
+    assert loss.log_variance.grad is not None
+    expected = [-math.exp(-0.3) * a + 0.5, -math.exp(0.7) * b + 0.5]
+    assert loss.log_variance.grad.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weights": {"c": 1.0}}, "a loss weight is given for 'c', the tasks are: a, b"),
+        ({"weights": {"a": -1.0}}, "the loss weight of a is -1.0"),
+        ({"weights": {"a": math.nan}}, "the loss weight of a is nan"),
+        ({"weights": {"a": 2.0}, "uncertainty": True}, "choose one"),
+    ],
+)
+def test_weights_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MultiTaskLoss(["a", "b"], **arguments)
+
+
+# ---------------------------------------------------------------------------------------------- metrics
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_metrics_are_scikit_learns(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn((40, 5), generator=generator)
+    logits[:, 3] -= 9 * (seed % 2)  # a class that is never predicted
+    labels = torch.randint(4 - seed // 4, (40,), generator=generator)  # and classes that never occur
+    labels[::7] = MISSING
+    metrics = TaskMetrics.of(logits, labels)
+    known = labels != MISSING
+    true, predicted = labels[known].tolist(), logits[known].argmax(1).tolist()
+    assert metrics.accuracy == pytest.approx(accuracy_score(true, predicted))
+    assert metrics.macro_f1 == pytest.approx(f1_score(true, predicted, average="macro"))
+    assert metrics.confusion == confusion_matrix(true, predicted, labels=range(5)).tolist()
+    expected = log_loss(true, logits[known].double().softmax(1).numpy(), labels=range(5))
+    assert metrics.loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_metrics_without_labels() -> None:
+    metrics = TaskMetrics.of(torch.randn(4, 3), torch.full((4,), MISSING))
+    assert (metrics.loss, metrics.accuracy, metrics.macro_f1) == (None, None, None)
+    json.dumps(metrics.confusion)
+
+
+def test_majority() -> None:
+    train = torch.tensor([0, 1, 1, MISSING, 1, 2])
+    assert majority(train, torch.tensor([1, 1, 0, MISSING])) == pytest.approx(2 / 3)
+    assert majority(train, torch.tensor([MISSING])) is None
+
+
+def test_a_loss_can_be_read_without_warnings() -> None:
+    logits, labels = random_batch(0, 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MultiTaskLoss(["a", "b"])(logits, labels)

@@ -1,0 +1,625 @@
+"""train.py as a stranger would call it, on small random models."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from heads import MultiTaskLoss, MultiTaskModel, features
+from heads.options import Options, read_options
+from heads.run_directory import RunDirectory
+from minibert import BertModel
+from tests.conftest import save_small
+
+ROOT = Path(__file__).parents[1]
+STATE = (
+    "metrics.jsonl report.json report.md config.json best/model.safetensors best/heads.safetensors "
+    "last/model.safetensors last/heads.safetensors last/heads.json last/training.safetensors last/training.json"
+).split()
+
+Main = Callable[..., Path]
+
+
+@pytest.fixture
+def main(small: Path, tmp_path: Path) -> Main:
+    """Trains `small` on dummy data into a directory of this name; the options are one string."""
+
+    def run(name: str, options: str = "", *, status: int = 0) -> Path:
+        command = (
+            f"--model {small} --data dummy --epochs 3 --batch-size 48 --output {tmp_path / name} {options}"
+        )
+        assert train.main(command.split()) == status
+        return tmp_path / name
+
+    return run
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    return [r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "losses" in r]
+
+
+def epochs(run: Path) -> list[dict[str, Any]]:
+    return [r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "validation" in r]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert {name for name in STATE if (a / name).read_bytes() != (b / name).read_bytes()} == set()
+
+
+def table(path: Path, rows: list[tuple[str, ...]]) -> Path:
+    path.write_text("".join(",".join(row) + "\n" for row in rows))
+    return path
+
+
+# --------------------------------------------------------------------------------------------- the main job
+
+
+@pytest.mark.parametrize("freeze", ["none", "backbone"])
+def test_the_demo_is_learned_from_real_weights(
+    tmp_path: Path, freeze: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Well above the 33% of the majority class; `none` is the README's first command, shorter."""
+    options = {"none": "--epochs 2", "backbone": "--epochs 20 --lr 3e-3"}[freeze]
+    command = f"--model all-MiniLM-L6-v2 --freeze {freeze} {options} --output {tmp_path / 'run'}"
+    assert train.main(command.split()) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["test"] == {}
+    assert report["validation"]["type"]["accuracy"] > 0.85
+    assert report["validation"]["sentiment"]["accuracy"] > 0.7
+    printed = capsys.readouterr().out
+    assert "sentences: 360 train, 90 validation" in printed
+    assert "(majority class 33.3%)" in printed
+    assert printed.count("macro-F1") == 2 * (len(epochs(tmp_path / "run")) + 1)
+    model = MultiTaskModel.from_pretrained(tmp_path / "run" / "best")
+    for sentence, kind in zip(train.EXAMPLES, ("question", "news", "statement"), strict=True):
+        (prediction,) = model.predict(sentence)
+        assert f"{prediction['type']['label']} ({prediction['type']['probability']:.0%})" in printed
+        if kind == "question":
+            assert prediction["type"]["label"] == kind
+
+
+def test_what_a_run_leaves(main: Main, tmp_path: Path) -> None:
+    run = main("run", "--freeze layers:1 --loss-weight sentiment=0.5 --schedule cosine --seed 7")
+    assert sorted(p.name for p in run.iterdir() if p.suffix != ".png") == [
+        "best",
+        "config.json",
+        "last",
+        "metrics.jsonl",
+        "report.json",
+        "report.md",
+    ]
+    config = json.loads((run / "config.json").read_text())
+    assert (config["lr"], config["head_lr"], config["freeze"], config["seed"]) == (5e-5, 1e-3, "layers:1", 7)
+    assert config["loss_weight"] == ["sentiment=0.5"]
+    assert [record["step"] for record in steps(run)] == list(range(1, 25))
+    assert [record["step"] for record in epochs(run)] == [8, 16, 24]
+    report = json.loads((run / "report.json").read_text())
+    scores = {r["step"]: sum(t["accuracy"] for t in r["validation"].values()) for r in epochs(run)}
+    best = next(r for r in epochs(run) if scores[r["step"]] == max(scores.values()))
+    for task in ("type", "sentiment"):
+        assert report["validation"][task].keys() == {"loss", "accuracy", "macro_f1"}
+        for metric, value in report["validation"][task].items():
+            assert value == pytest.approx(best["validation"][task][metric], rel=1e-5)
+    text = (run / "report.md").read_text()
+    assert re.search(r"layers\.0 +[\d,]+  frozen", text)
+    assert "## Confusion on validation: rows are true, columns predicted" in text
+    for name in ("best", "last"):
+        assert len(MultiTaskModel.from_pretrained(run / name).predict(["x", "y"])) == 2
+    # and its config gives the same run again
+    again = tmp_path / "again"
+    assert train.main(["--config", str(run / "config.json"), "--output", str(again)]) == 0
+    assert_same_run(run, again)
+
+
+def test_the_plots(main: Main) -> None:
+    pytest.importorskip("matplotlib")
+    run = main("run", "--freeze gradual --epochs 2")
+    names = {path.name for path in run.glob("*.png")}
+    assert names == {
+        f"{kind}-{task}.png" for kind in ("curves", "confusion-validation") for task in ("type", "sentiment")
+    }
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in run.glob("*.png"))
+    assert "![curves-type.png](curves-type.png)" in (run / "report.md").read_text()
+    assert "- from epoch 2: layers.2, heads.type, heads.sentiment" in (run / "report.md").read_text()
+
+
+def test_columns_files_and_missing_labels(small: Path, tmp_path: Path) -> None:
+    """One file with two label columns, an empty cell in each; explicit validation and test files."""
+    rows = [(f"sentence {i}", "ab"[i % 2], "xyz"[i % 3]) for i in range(30)]
+    whole = table(
+        tmp_path / "a.csv", [("body", "k", "m"), ("one", "", "x"), ("two", "b", ""), ("3", "", ""), *rows]
+    )
+    held = table(tmp_path / "b.csv", [("body", "k", "m"), *rows[:9]])
+    only = table(tmp_path / "c.csv", [("body", "k", "m"), ("no mood", "a", ""), ("none either", "b", "")])
+    command = f"--model {small} --train {whole} --validation {held} --test {only} --text body --task kind=k"
+    command += f" --task mood=m --epochs 1 --lr 1e-3 --output {tmp_path / 'run'}"
+    assert train.main(command.split()) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["test"]["kind"]["accuracy"] in (0.0, 0.5, 1.0)
+    assert report["test"]["mood"] == {"loss": None, "accuracy": None, "macro_f1": None}
+    assert MultiTaskModel.from_pretrained(tmp_path / "run" / "best").labels == {
+        "kind": ("a", "b"),
+        "mood": ("x", "y", "z"),
+    }
+
+
+@pytest.mark.parametrize("mixing", ["proportional", "uniform"])
+def test_a_file_for_each_task(small: Path, tmp_path: Path, mixing: str) -> None:
+    kinds = table(tmp_path / "k.csv", [("text", "label"), *((f"sentence {i}", "ab"[i % 2]) for i in range(60))])
+    moods = table(tmp_path / "m.csv", [("text", "label"), *((f"words {i}", "xy"[i % 2]) for i in range(20))])
+    command = f"--model {small} --train kind={kinds} --train mood={moods} --task kind=label --task mood=label"
+    command += f" --mixing {mixing} --epochs 1 --batch-size 8 --freeze backbone --output {tmp_path / 'run'}"
+    assert train.main(command.split()) == 0
+    (record,) = epochs(tmp_path / "run")
+    held = {task: sum(map(sum, m["confusion"])) for task, m in record["validation"].items()}
+    assert held == {"kind": 6, "mood": 2}
+
+
+def test_eval_only(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = main("run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    command = f"--model {run / 'best'} --data dummy --eval-only --output {tmp_path / 'evaluated'}"
+    assert train.main(command.split()) == 0
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    report = json.loads((tmp_path / "evaluated" / "report.json").read_text())
+    assert report == json.loads((run / "report.json").read_text())
+    assert not (tmp_path / "evaluated" / "best").exists()
+    test = table(tmp_path / "t.csv", [("text", "l"), ("a b", "news"), ("c", "question")])
+    capsys.readouterr()
+    assert train.main(f"--model {run / 'best'} --eval-only --test {test} --task type=l".split()) == 0
+    assert "on test" in capsys.readouterr().out
+
+
+def test_nothing_to_train(main: Main, capsys: pytest.CaptureFixture[str], small: Path) -> None:
+    run = main("run", "--freeze all")
+    assert "--freeze all leaves nothing to train: this only evaluates" in capsys.readouterr().out
+    assert json.loads((run / "report.json").read_text())["validation"]["type"]["accuracy"] is not None
+    ours, theirs = MultiTaskModel.from_pretrained(run / "best").encoder, BertModel.from_pretrained(small)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert (run / "metrics.jsonl").read_text() == ""
+
+
+def test_going_on_from_a_run_with_one_head_frozen(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The trained heads come along, also the one that has no data now."""
+    first = main("first")
+    rows = [(f"sentence {i}", "ab"[i % 2]) for i in range(40)]
+    data = table(tmp_path / "new.csv", [("text", "label"), *rows])
+    command = f"--model {first / 'best'} --train {data} --task topic=label --epochs 1 --metric topic.loss"
+    options = [*command.split(), "--freeze", "head:sentiment", "--output", str(tmp_path / "second")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert train.main(options) == 0
+    assert (
+        "no training sentence has a label for type: --freeze head:type keeps its head"
+        in capsys.readouterr().err
+    )
+    old, new = (
+        MultiTaskModel.from_pretrained(first / "best"),
+        MultiTaskModel.from_pretrained(tmp_path / "second/last"),
+    )
+    assert list(new.heads) == ["type", "sentiment", "topic"]
+    assert new.labels["topic"] == ("a", "b")
+    pairs = zip(old.heads["sentiment"].parameters(), new.heads["sentiment"].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    name = "layers.0.feed_forward.up.weight"
+    assert not torch.equal(old.encoder.get_parameter(name), new.encoder.get_parameter(name))
+
+
+# ----------------------------------------------------------------------------------------- how it trains
+
+
+def test_early_stopping(main: Main) -> None:
+    """With a learning rate of nothing no epoch is better than the first."""
+    run = main("run", "--epochs 9 --lr 0 --patience 2 --metric sentiment.macro_f1")
+    assert len(epochs(run)) == 3
+    assert json.loads((run / "last/training.json").read_text())["finished"]
+
+
+def test_steps_instead_of_epochs(main: Main) -> None:
+    run = main("run", "--steps 11 --warmup 0.5 --lr 1e-3")
+    records = steps(run)
+    assert len(records) == 11
+    assert len(epochs(run)) == 2
+    from transformers import get_linear_schedule_with_warmup
+
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=1e-3)
+    schedule = get_linear_schedule_with_warmup(optimizer, round(0.5 * 11), 11)
+    for record in records:
+        assert record["lr"] == optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        schedule.step()
+
+
+def test_cosine_schedule_is_transformers() -> None:
+    from transformers import get_cosine_schedule_with_warmup
+
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=1.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 4, 37)
+    for step in range(37):
+        assert (
+            train.rate_factor(Options(schedule="cosine", warmup=4 / 37), step, 37) == schedule.get_last_lr()[0]
+        )
+        optimizer.step()
+        schedule.step()
+    assert train.rate_factor(Options(schedule="constant", warmup=0), 20, 37) == 1.0
+
+
+@pytest.mark.parametrize("freeze", ["backbone", "layers:1", "layers:2,head:type", "gradual:2"])
+def test_cached_features_give_the_same_run(main: Main, freeze: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled = []
+
+    def noting(*arguments: Any) -> None:
+        filled.append(arguments[-1])
+        features.fill(*arguments)
+
+    monkeypatch.setattr(train, "fill", noting)
+    cached = main("cached", f"--freeze {freeze} --epochs 4 --lr 1e-3")
+    assert (
+        filled
+        == {"backbone": [3, 3], "layers:1": [1, 1], "layers:2,head:type": [2, 2], "gradual:2": [3, 3, 2, 2]}[
+            freeze
+        ]
+    )
+    computed = main("computed", f"--freeze {freeze} --epochs 4 --lr 1e-3 --feature-cache-mb 0")
+    assert len(filled) < 5
+    a, b = steps(cached), steps(computed)
+    first = [record["losses"] for record in a if record["epoch"] == 0]
+    assert first == [record["losses"] for record in b if record["epoch"] == 0]  # to the last bit
+    for x, y in zip(a, b, strict=True):
+        assert x["losses"] == pytest.approx(y["losses"], rel=1e-4)
+    old, new = (MultiTaskModel.from_pretrained(run / "last") for run in (cached, computed))
+    for p, q in zip(old.parameters(), new.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+def test_bf16(main: Main) -> None:
+    plain, half = main("plain", "--epochs 1"), main("half", "--epochs 1 --bf16")
+    for x, y in zip(steps(plain), steps(half), strict=True):
+        assert x["losses"] != y["losses"]
+        assert x["losses"] == pytest.approx(y["losses"], abs=0.1)
+
+
+def test_batch_tokens(main: Main) -> None:
+    run = main("run", "--epochs 1 --batch-tokens 200")
+    assert len(steps(run)) > 10
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite(
+    main: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str, tmp_path: Path
+) -> None:
+    """In step 12 of 24: best/ and last/ stay those of the first epoch."""
+    calls = []
+    if what == "loss":
+        forward = MultiTaskLoss.forward
+
+        def broken(self: Any, logits: dict[str, Any], *rest: Any) -> Any:
+            calls.append(1)
+            poison = {task: x * (math.nan if len(calls) == 12 else 1) for task, x in logits.items()}
+            return forward(self, poison, *rest)
+
+        monkeypatch.setattr(MultiTaskLoss, "forward", broken)
+        message = "step 12: the loss of type is nan, at learning rate 2.95e-05 (heads 0.000591): stopped"
+    else:
+        clip = torch.nn.utils.clip_grad_norm_
+
+        def exploding(*args: Any) -> torch.Tensor:
+            calls.append(1)
+            return clip(*args) * (math.inf if len(calls) == 12 else 1)
+
+        monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", exploding)
+        message = "step 12: the length of the gradient is inf, at learning rate"
+    run = main("run", status=2)
+    assert message in capsys.readouterr().err
+    assert len(steps(run)) == 11
+    assert json.loads((run / "last/training.json").read_text())["step"] == 8
+    for name in ("best", "last"):
+        assert all(p.isfinite().all() for p in MultiTaskModel.from_pretrained(run / name).parameters())
+
+
+# ---------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--freeze none --balance uncertainty --save-every 3",
+        "--freeze backbone",
+        "--freeze layers:2,head:type --layer-lr-decay 0.5",
+        "--freeze gradual --patience 2 --epochs 4",
+    ],
+)
+@pytest.mark.parametrize("stop", [1, 8, 13])
+def test_resuming_is_exact(main: Main, monkeypatch: pytest.MonkeyPatch, options: str, stop: int) -> None:
+    """Ctrl-C in a step: it is finished and saved; resumed, every file is as if nothing had happened."""
+    whole = main("whole", options)
+    log = RunDirectory.log
+
+    def interrupting(self: RunDirectory, record: dict[str, Any]) -> None:
+        log(self, record)
+        if record["step"] == stop and "losses" in record:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(RunDirectory, "log", interrupting)
+    part = main("part", options, status=130)
+    assert len(steps(part)) in (stop, stop + 1)
+    monkeypatch.undo()
+    assert train.main(["--output", str(part), "--resume"]) == 0
+    assert_same_run(whole, part)
+    assert train.main(["--output", str(part), "--resume"]) == 0  # a finished run only reports again
+    assert_same_run(whole, part)
+
+
+@pytest.mark.parametrize("when", ["at once", "before the first save", "between saves", "while saving"])
+def test_a_kill_loses_no_more_than_since_the_last_save(
+    main: Main, small: Path, tmp_path: Path, when: str
+) -> None:
+    options = "--save-every 5"
+    whole = main("whole", options)
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from heads.run_directory import RunDirectory
+import heads.run_directory as module
+log, write = RunDirectory.log, module.write_directory
+def kill(): os.kill(os.getpid(), signal.SIGKILL)
+def killing(self, record):
+    log(self, record)
+    if record["step"] == {{"at once": 1, "before the first save": 4, "between saves": 12}}.get({when!r}):
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write('{{"half a li')
+        kill()
+def dying(directory, files):
+    write(directory, files)
+    if {when!r} == "while saving" and directory.name == ".last.new" and directory.parent.joinpath("best").exists():
+        os.rename(directory.parent / "last", directory.parent / ".last.old")
+        kill()
+RunDirectory.log, module.write_directory = killing, dying
+command = "--model {small} --data dummy --epochs 3 --batch-size 48 --output {tmp_path / "part"} {options}"
+train.main(command.split())
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert train.main(["--output", str(tmp_path / "part"), "--resume"]) == 0
+    assert_same_run(whole, tmp_path / "part")
+    assert not list((tmp_path / "part").glob(".*"))
+
+
+def test_resuming_something_else_says_what_differs(
+    main: Main, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [(f"sentence {i}", "ab"[i % 2]) for i in range(40)]
+    data = table(
+        tmp_path / "a.csv",
+        [("text", "label", "other"), *((*row, "cd"[len(row) % 2]) for row in rows), ("x", "a", "d")],
+    )
+    output = tmp_path / "run"
+    command = f"--model {small} --train {data} --task a=label --epochs 1 --output {output}"
+    assert train.main(command.split()) == 0
+    assert train.main(f"{command} --resume".split()) == 0  # repeating the options is fine
+
+    def refused(options: str) -> str:
+        capsys.readouterr()
+        assert train.main([*options.split(), "--output", str(output), "--resume"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert "has other options: --freeze was none, is backbone" in refused("--freeze backbone")
+    assert "--task was ('a=label',), is ('a=other',)" in refused("--task a=other")
+    assert "--epochs was 1, is 2; --seed was 0, is 1" in refused("--seed 1 --epochs 2")
+    data.write_text(data.read_text() + "more,a,c\n")
+    assert "these sets have changed since" in refused("")
+    assert "train" in refused("")
+
+
+def test_a_run_is_not_overwritten(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main("run", "--epochs 1")
+    main("run", "--epochs 1", status=2)
+    assert "holds a run: go on with it by --resume, or give another --output" in capsys.readouterr().err
+
+
+def test_the_next_free_directory(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert train.main(f"--model {small} --data dummy --steps 1 --freeze backbone".split()) == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["1", "2"]
+
+
+# ------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--freeze layers:9", "'layers:9': the model has 3 layers"),
+        ("--freeze head:topic", "no head 'topic', its heads are: type, sentiment"),
+        ("--freeze frozen", "no freezing strategy 'frozen'"),
+        ("--freeze gradual,head:type,head:sentiment", "leaves nothing to train in the first epoch"),
+        ("--epochs 0", "--epochs is 0, it must be 1 or more"),
+        ("--epochs x", "argument --epochs: invalid int value: 'x'"),
+        ("--lr -1", "lr is -1.0, it must be a number from 0"),
+        ("--warmup 2", "--warmup is 2.0, it must be from 0 to 1"),
+        ("--validation-fraction 1", "--validation-fraction is 1.0, it must lie between 0 and 1"),
+        ("--metric f1", "--metric is 'f1', it must be [TASK.]loss, accuracy or macro_f1"),
+        ("--metric topic.loss", "--metric topic.loss: no task 'topic', there are: type, sentiment"),
+        ("--loss-weight topic=1", "a loss weight is given for 'topic'"),
+        ("--loss-weight type", "--loss-weight type: give NAME=VALUE, each name once"),
+        ("--loss-weight type=much", "--loss-weight type=much: could not convert string to float: 'much'"),
+        ("--loss-weight type=2 --balance uncertainty", "choose one"),
+        ("--task a=b", "--task, --validation and --test need --train FILE"),
+        ("--train x.csv", "--train needs --task NAME=COLUMN"),
+        ("--train x.csv --task a=b", "x.csv cannot be read: No such file or directory"),
+        ("--device gpu", "--device gpu:"),
+        ("--epoch 3", "unrecognized arguments: --epoch 3"),
+        ("--eval-only", "has no head for type"),
+        ("--resume", "holds no run, it has no config.json"),
+        ("--config none.json", "has no none.json"),
+    ],
+)
+def test_bad_options_are_one_sentence(
+    main: Main,
+    tmp_path: Path,
+    options: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main("run", options, status=2)
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("train.py: error: ")
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"epoch": 3}', "config.json: no option 'epoch', see --help"),
+        ('{"epochs": "many"}', "config.json: argument --epochs: invalid int value: 'many'"),
+        ("{", "is not valid JSON"),
+    ],
+)
+def test_a_bad_config(tmp_path: Path, content: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(content)
+    assert train.main(["--config", str(tmp_path / "config.json")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_line_wins_over_the_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"epochs": 3, "bf16": true, "lr": 0.1, "loss_weight": ["a=1", "b=2"]}'
+    )
+    options = read_options(["--config", str(tmp_path / "config.json"), "--epochs", "4", "--loss-weight", "c=3"])
+    assert (options.epochs, options.bf16, options.lr, options.loss_weight) == (4, True, 0.1, ("c=3",))
+
+
+@pytest.mark.parametrize("lr", ["", "--lr 1e-4", "--head-lr 1e-2", "--lr 1e-4 --head-lr 1e-2"])
+def test_learning_rates(lr: str) -> None:
+    plan = read_options(lr.split()).plan()
+    expected = {"": (5e-5, 1e-3), "--lr 1e-4": (1e-4, 1e-4), "--head-lr 1e-2": (5e-5, 1e-2)}
+    assert (plan.lr, plan.head_lr) == expected.get(lr, (1e-4, 1e-2))
+
+
+def test_an_output_that_cannot_be_written(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    main("file/run", status=2)
+    assert "cannot be written: Not a directory" in capsys.readouterr().err
+    free = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    run = main("full", status=2)
+    assert "1 MB are free, checkpoints may take" in capsys.readouterr().err
+    assert not (run / "config.json").exists()
+
+
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
+    main: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saves = []
+    save = MultiTaskModel.save_pretrained
+
+    def failing(self: MultiTaskModel, directory: Path) -> None:
+        saves.append(directory)
+        if len(saves) > 3:
+            raise OSError(28, "No space left on device")
+        save(self, directory)
+
+    monkeypatch.setattr(MultiTaskModel, "save_pretrained", failing)
+    run = main("run", "--save-every 6", status=2)
+    assert "No space left on device" in capsys.readouterr().err
+    assert json.loads((run / "last/training.json").read_text())["step"] == 8
+    MultiTaskModel.from_pretrained(run / "last")
+    MultiTaskModel.from_pretrained(run / "best")
+
+
+def test_help_is_for_newcomers(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for item in Options.__dataclass_fields__.values():
+        assert f"--{item.name.replace('_', '-')}" in text
+        assert " ".join(item.metadata["help"].split()) in text
+
+
+# ----------------------------------------------------------------------------------- several processes
+
+
+@pytest.fixture(scope="module")
+def no_dropout(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+    fields = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return save_small(tmp_path_factory.mktemp("no_dropout"), minilm, **fields)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "freeze", ["none", "backbone", "head:type", "layers:2", "gradual", "only:layers.1,heads.type"]
+)
+def test_two_processes_train_as_one(no_dropout: Path, tmp_path: Path, freeze: str) -> None:
+    """Batches of 9 of 64 sentences, many of them without a label, one batch of a single sentence."""
+    rows = [
+        (f"sentence {'again ' * (i % 7)} {i}", ["a", "b", ""][i % 3], ["", "x", "y", "", ""][i % 5])
+        for i in range(64)
+    ]
+    data = table(tmp_path / "a.csv", [("text", "kind", "mood"), *rows])
+    command = f"--model {no_dropout} --train {data} --validation {data} --task type=kind --task mood=mood"
+    command += f" --epochs 2 --batch-size 9 --lr 1e-4 --freeze {freeze} --balance uncertainty"
+    assert train.main([*command.split(), "--output", str(tmp_path / "one")]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*torchrun, str(ROOT / "train.py"), *command.split(), "--output", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("sentences: 64 train") == 1
+    one, two = steps(tmp_path / "one"), steps(tmp_path / "two")
+    assert len(one) == 16
+    for x, y in zip(one, two, strict=True):
+        assert x["losses"] == pytest.approx(y["losses"], abs=1e-5)
+    for name in ("best", "last"):
+        a, b = (
+            load_file(tmp_path / "one" / name / "model.safetensors"),
+            load_file(tmp_path / "two" / name / "model.safetensors"),
+        )
+        assert all((a[key] - b[key]).abs().max() < 1e-5 for key in a)
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_a_process_of_its_own(small: Path, tmp_path: Path) -> None:
+    command = f"--model {small} --data dummy --epochs 500 --batch-size 8 --output {tmp_path / 'run'}"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *command.split()],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "train.py: interrupted; a run that has begun goes on with --output DIR --resume\n"
+    assert json.loads((tmp_path / "run/last/training.json").read_text())["step"] == len(steps(tmp_path / "run"))
