@@ -1,6 +1,6 @@
 """TREC-6 and SST-2 as files for train.py, and what logistic regression makes of the same embeddings.
 
-    python benchmarks/public_sets.py DATA OUT
+    python -m benchmarks.public_sets DATA OUT
 
 DATA holds trec/train_5500.label, trec/TREC_10.label, sst2/train.tsv, sst2/dev.tsv and sst2/test.tsv as
 published (see docs/results.md). OUT gets a .csv per set, with the columns text and label. A tenth of TREC's

@@ -1,6 +1,6 @@
 """The first steps of train.py and of the same loop in transformers, on real sentences: are the losses the same?
 
-    python benchmarks/same_losses.py SETS    # what public_sets.py wrote
+    python -m benchmarks.same_losses SETS    # what public_sets.py wrote
 
 Both start from the same weights and seed, see the same batches, and have dropout on. Exits with 1 if any
 bit differs.
@@ -12,8 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 import train
-from benchmarks.transformers_loop import train_with_transformers
+from benchmarks.transformers_loop import TransformersMultiTask, train_with_transformers
 from heads.data import SentenceDataset, epoch_batches, label_names, read_examples
 from minibert import Tokenizer
 from weights import resolve
@@ -36,7 +38,8 @@ def main() -> int:
         )
     ]
     directory = resolve(arguments.model)
-    dataset = SentenceDataset(examples, Tokenizer.from_pretrained(directory), label_names(examples, TASKS))
+    labels = label_names(examples, TASKS)
+    dataset = SentenceDataset(examples, Tokenizer.from_pretrained(directory), labels)
     batches = epoch_batches(dataset, 0, seed=1, batch_size=32)[: arguments.steps]
     same = True
     for strategy in arguments.freeze:
@@ -62,16 +65,16 @@ def main() -> int:
             lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
         ours = [record["losses"] for record in map(json.loads, lines) if "losses" in record]
         reference = train_with_transformers(
-            directory,
+            TransformersMultiTask(directory, [len(names) for names in labels.values()], seed=1),
+            AutoTokenizer.from_pretrained(directory),
             [example.text for example in examples],
             dataset.labels,
             [batches],
             spec=strategy,
             lr=1e-4,
             head_lr=1e-3,
-            seed=1,
         )
-        theirs = [losses for losses, _ in reference]
+        theirs = list(reference)
         equal = sum(a == b for a, b in zip(ours, theirs, strict=True))
         same &= equal == len(theirs)
         print(f"\n{strategy}: the losses of both tasks are bit-identical in {equal} of {len(theirs)} steps")

@@ -11,20 +11,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, get_linear_schedule_with_warmup
+from transformers import AutoModel, get_linear_schedule_with_warmup
 
 
 class TransformersMultiTask(nn.Module):
     """An AutoModel, masked mean pooling, Linear-ReLU-Linear heads."""
 
-    def __init__(self, directory: Path, classes: Mapping[str, int], widths: Sequence[int], seed: int) -> None:
+    def __init__(
+        self, directory: Path, classes: Sequence[int], seed: int, widths: Sequence[int] = (256, 128)
+    ) -> None:
         super().__init__()
         self.encoder = AutoModel.from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32)
         hidden = self.encoder.config.hidden_size
         torch.manual_seed(seed)
         self.classifiers = nn.ModuleList(
             nn.Sequential(nn.Linear(hidden, width), nn.ReLU(), nn.Linear(width, count))
-            for width, count in zip(widths, classes.values(), strict=True)
+            for width, count in zip(widths, classes, strict=True)
         )
         for parameter in self.parameters():  # off the mapped file, see build_model in train.py
             parameter.data = parameter.data.clone()
@@ -68,7 +70,8 @@ def is_frozen(spec: str, layers: int, epoch: int, tasks: Sequence[str]) -> Calla
 
 
 def train_with_transformers(
-    directory: Path,
+    model: TransformersMultiTask,
+    tokenizer: Any,
     texts: Sequence[str],
     labels: Mapping[str, Tensor],
     batches: Sequence[Sequence[Sequence[int]]],
@@ -78,16 +81,11 @@ def train_with_transformers(
     head_lr: float,
     weight_decay: float = 0.01,
     warmup: float = 0.1,
-    widths: Sequence[int] = (256, 128),
-    seed: int = 0,
-) -> Iterator[tuple[dict[str, float], TransformersMultiTask]]:
-    """Yields each step's losses per task, and the model.
+) -> Iterator[dict[str, float]]:
+    """Trains, and yields each step's losses per task.
 
     `labels[task]` (n,), -100 where missing; `batches` are indices, by epoch.
     """
-    classes = {task: int(values.max()) + 1 for task, values in labels.items()}
-    model = TransformersMultiTask(directory, classes, widths, seed)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
     total = sum(map(len, batches))
     optimizer: Any = None
     for epoch, epoch_batches in enumerate(batches):
@@ -115,7 +113,7 @@ def train_with_transformers(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            yield {task: loss.item() for task, loss in losses.items()}, model
+            yield {task: loss.item() for task, loss in losses.items()}
 
 
 def _optimizer(
