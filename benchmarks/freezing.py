@@ -12,6 +12,7 @@ round. The time is the loop's: ours includes computing what frozen layers give, 
 import argparse
 import contextlib
 import csv
+import importlib
 import io
 import json
 import os
@@ -37,11 +38,10 @@ BATCH_SIZE = 16
 
 def ours(directory: Path, data: Path, strategy: str) -> float:
     """The seconds that train.py's loop takes."""
-    import torch._dynamo  # by the first optimizer otherwise; transformers has imported it already
-
     import train
     from heads.run_directory import RunDirectory
 
+    importlib.import_module("torch._dynamo")  # else by the first optimizer; transformers imports it earlier
     seconds = []
     loop = train.train
 
