@@ -39,8 +39,8 @@ from heads.data import (
     read_examples,
     stratified_split,
 )
+from heads.evaluation import baseline, evaluate, evaluation_batches, score
 from heads.features import compute, fill, size_in_bytes
-from heads.metrics import TaskMetrics, majority
 from heads.multitask import SETTINGS
 from heads.options import Options, read_options
 from heads.processes import Processes
@@ -53,7 +53,6 @@ from minibert.sentence_encoder import evaluating
 from weights import resolve
 
 WIDTHS = (256, 128)  # of the first task's head, of every other's
-EVALUATION_BATCH = 64
 EXAMPLES = (
     "Is it going to rain tomorrow?",
     "The stock market is crashing badly!",
@@ -170,6 +169,8 @@ def train(
     step = TrainingStep(model, build_loss(options, model).to(processes.device))
     optimizer = torch.optim.AdamW(parameter_groups(plan, step, progress.epoch))
     restore(state, step, optimizer, processes)
+    if not state and not processes.is_first:
+        torch.manual_seed(options.seed + processes.rank)  # other dropout than in the first process
 
     def save() -> None:
         tensors = collect(step, optimizer, processes)
@@ -182,7 +183,7 @@ def train(
             set_groups(optimizer, parameter_groups(plan, step, epoch))
             rates = [group["lr"] for group in optimizer.param_groups]
             trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
-            cache_features(options, plan, model, sets, epochs, epoch)
+            cache_features(options, plan, model, sets, epochs, epoch, processes)
             parallel = processes.parallel(step)
             model.train()
             loader = DataLoader(
@@ -204,7 +205,7 @@ def train(
                 mine = processes.share(batch)
                 labels = {task: mine.pop(f"labels.{task}") for task in model.heads}
                 shares = {task: count / processes.count for task, count in counts.items()}
-                with autocast(options, processes.device):
+                with processes.autocast():
                     objective, losses, logits = parallel(mine, labels, sets["train"].depth, shares)
                 hits = [float((logits[task].argmax(1) == labels[task]).sum()) for task in labels]
                 sums = processes.totals(
@@ -233,7 +234,7 @@ def train(
                     raise KeyboardInterrupt
             bar.close()
 
-            metrics = processes.from_first(lambda: evaluate(options, model, sets["validation"], processes))
+            metrics = processes.from_first(lambda: evaluate(model, sets["validation"], processes))
             better = progress.judge(score(metrics, options.metric))
             if processes.is_first:
                 record = {"epoch": epoch, "step": progress.step, "trained": plan.trained(model, epoch)}
@@ -296,6 +297,7 @@ def cache_features(
     sets: dict[str, SentenceDataset],
     epochs: list[list[list[int]]],
     epoch: int,
+    processes: Processes,
 ) -> None:
     """Computes once what frozen layers give, if they stay frozen for several epochs and memory allows."""
     train, validation = sets["train"], sets["validation"]
@@ -309,14 +311,9 @@ def cache_features(
         return
     needed = size_in_bytes(model, train, depth) + size_in_bytes(model, validation, depth)
     if needed <= options.feature_cache_mb * 1e6:
-        device = model.encoder.embeddings.word.weight.device
-        with evaluating(model), autocast(options, device):
+        with evaluating(model), processes.autocast():
             fill(model, train, epochs[depths.index(depth)], depth)
             fill(model, validation, evaluation_batches(validation), depth)
-
-
-def autocast(options: Options, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=options.bf16)
 
 
 def check_finite(name: str, value: float, record: dict[str, Any]) -> None:
@@ -329,50 +326,21 @@ def check_finite(name: str, value: float, record: dict[str, Any]) -> None:
 
 @contextmanager
 def catching_interrupts() -> Iterator[list[int]]:
-    """A list that is no longer empty once Ctrl-C was pressed. A second Ctrl-C stops at once."""
+    """A list that is no longer empty after Ctrl-C or SIGTERM. The same signal again acts at once."""
     caught: list[int] = []
 
     def note(number: int, _: Any) -> None:
         caught.append(number)
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before[number])
 
-    before = signal.signal(signal.SIGINT, note)
+    before: dict[int, Any] = {}
+    for stop in (signal.SIGINT, signal.SIGTERM):  # torchrun passes Ctrl-C on as both
+        before[stop] = signal.signal(stop, note)
     try:
         yield caught
     finally:
-        signal.signal(signal.SIGINT, before)
-
-
-# ------------------------------------------------------------------------------------------- evaluation
-
-
-def evaluation_batches(dataset: SentenceDataset) -> list[list[int]]:
-    order = sorted(range(len(dataset)), key=lambda i: len(dataset.ids[i]))
-    return [order[i : i + EVALUATION_BATCH] for i in range(0, len(order), EVALUATION_BATCH)]
-
-
-def evaluate(
-    options: Options, model: MultiTaskModel, dataset: SentenceDataset, processes: Processes
-) -> dict[str, TaskMetrics]:
-    """Each task's metrics on a set."""
-    logits: dict[str, list[Tensor]] = {task: [] for task in model.heads}
-    labels: dict[str, list[Tensor]] = {task: [] for task in model.heads}
-    with evaluating(model), autocast(options, processes.device):
-        for indices in evaluation_batches(dataset):
-            batch = {name: tensor.to(processes.device) for name, tensor in dataset.collate(indices).items()}
-            output = compute(model, batch, dataset.depth)
-            for task in model.heads:
-                logits[task].append(output.logits[task])
-                labels[task].append(batch[f"labels.{task}"])
-    return {task: TaskMetrics.of(torch.cat(logits[task]), torch.cat(labels[task])) for task in model.heads}
-
-
-def score(metrics: dict[str, TaskMetrics], name: str) -> float:
-    """What checkpoints are compared by, larger is better: the metric of one task, or its mean over tasks."""
-    task, _, metric = name.rpartition(".")
-    values = [getattr(m, metric) for t, m in metrics.items() if t == (task or t)]
-    known: list[float] = [value for value in values if value is not None]
-    return (-1.0 if metric == "loss" else 1) * sum(known) / len(known)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------- all of a run
@@ -469,7 +437,7 @@ def finish(
     majorities: dict[str, dict[str, float | None]] = {}
     for name in (name for name in SPLITS[1:] if name in sets):
         sets[name].forget_features()
-        results[name] = evaluate(options, model, sets[name], processes)
+        results[name] = evaluate(model, sets[name], processes)
         majorities[name] = baseline(sets, name)
     print_results(results, majorities)
     print()
@@ -482,21 +450,13 @@ def finish(
         print(f"\nin {run.path}: best/ and last/ (MultiTaskModel.from_pretrained), report.md, metrics.jsonl")
 
 
-def baseline(sets: dict[str, SentenceDataset], name: str) -> dict[str, float | None]:
-    """The accuracy on a set of always answering what is most frequent in training."""
-    labels = sets[name].labels
-    return {
-        task: majority(sets["train"].labels[task], labels[task]) if "train" in sets else None for task in labels
-    }
-
-
 def main(argv: list[str] | None = None) -> int:
     """0: done. 2: an error, in one sentence on stderr. 130: interrupted; what was done is saved."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
             options = read_options(argv)
-            processes = Processes(options.device)
+            processes = Processes(options.device, bf16=options.bf16)
             try:
                 run_all(options, processes)
             finally:

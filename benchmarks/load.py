@@ -1,7 +1,7 @@
 """Cold start to the first embedding, and peak memory, beside transformers and sentence-transformers.
 
-    python benchmarks/load.py            all-MiniLM-L6-v2 and a bert-base-sized model (needs the test extra)
-    python benchmarks/load.py --quick    one round, MiniLM only
+    python -m benchmarks.load            all-MiniLM-L6-v2 and a bert-base-sized model (needs the test extra)
+    python -m benchmarks.load --quick    one round, MiniLM only
 
 Every measurement is a process of its own; the candidates take turns, and what is reported are
 medians of the ratios within a round. Peak memory is the process's own high-water mark (VmHWM, so

@@ -14,7 +14,8 @@ from heads.losses import MISSING
 class Processes:
     """This process among those that train together: its `rank`, how many there are, its device."""
 
-    def __init__(self, device: str = "auto") -> None:
+    def __init__(self, device: str = "auto", *, bf16: bool = False) -> None:
+        self.bf16 = bf16
         self.rank = int(os.environ.get("RANK", "0"))
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         if device == "auto":
@@ -60,6 +61,10 @@ class Processes:
             dist.all_gather_object(values, value)
         return values
 
+    def autocast(self) -> torch.autocast:
+        """Computes in bfloat16 where that is safe, if this was asked for."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
     def parallel(self, module: nn.Module) -> nn.Module:
         """The module, its gradients averaged over the processes."""
         if self.count == 1:
@@ -73,20 +78,11 @@ class Processes:
         Every process needs something to run: where there are fewer rows than processes, the first row
         without its labels.
         """
-        if self.count > 1:
-            rows = {name: tensor[self.rank :: self.count] for name, tensor in batch.items()}
-            if len(rows["attention_mask"]) == 0:
-                rows = {name: tensor[:1] for name, tensor in batch.items()}
-                labels = [name for name in rows if name.startswith("labels.")]
-                rows |= {name: torch.full_like(rows[name], MISSING) for name in labels}
-            longest = int(rows["attention_mask"].sum(1).max())
-            batch = {
-                name: tensor
-                if tensor.dim() == 1 or tensor.shape[1] != batch["attention_mask"].shape[1]
-                else tensor[:, :longest]
-                for name, tensor in rows.items()
-            }
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+        rows = {name: tensor[self.rank :: self.count] for name, tensor in batch.items()}
+        if len(rows["attention_mask"]) == 0:
+            rows = {name: tensor[:1] for name, tensor in batch.items()}
+            rows |= {n: torch.full_like(t, MISSING) for n, t in rows.items() if n.startswith("labels.")}
+        return {name: tensor.to(self.device) for name, tensor in rows.items()}
 
     def random_states(self) -> dict[str, Tensor]:
         """What the random numbers of this process go on from, by kind of device."""

@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from heads import MultiTaskLoss, MultiTaskModel, features
+from heads import MISSING, MultiTaskLoss, MultiTaskModel, features
 from heads.options import Options, read_options
+from heads.processes import Processes
 from heads.run_directory import RunDirectory
 from minibert import BertModel
 from tests.conftest import save_small
@@ -376,6 +377,7 @@ def test_a_kill_loses_no_more_than_since_the_last_save(
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
+from heads.processes import Processes
 from heads.run_directory import RunDirectory
 import heads.run_directory as module
 log, write = RunDirectory.log, module.write_directory
@@ -607,7 +609,8 @@ def test_two_processes_train_as_one(no_dropout: Path, tmp_path: Path, freeze: st
 
 
 @pytest.mark.slow
-def test_ctrl_c_on_a_process_of_its_own(small: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_a_process_of_its_own(small: Path, tmp_path: Path, number: int) -> None:
     command = f"--model {small} --data dummy --epochs 500 --batch-size 8 --output {tmp_path / 'run'}"
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *command.split()],
@@ -618,8 +621,19 @@ def test_ctrl_c_on_a_process_of_its_own(small: Path, tmp_path: Path) -> None:
     metrics = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 5):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == "train.py: interrupted; a run that has begun goes on with --output DIR --resume\n"
     assert json.loads((tmp_path / "run/last/training.json").read_text())["step"] == len(steps(tmp_path / "run"))
+
+
+def test_a_share_of_a_batch() -> None:
+    processes = Processes("cpu")
+    processes.count = 3
+    batch = {"attention_mask": torch.ones(2, 4), "labels.a": torch.tensor([5, 6]), "features": torch.eye(2, 4)}
+    shares = []
+    for processes.rank in range(3):
+        shares.append(processes.share(batch))
+    assert [share["labels.a"].tolist() for share in shares] == [[5], [6], [MISSING]]
+    assert [share["features"].tolist() for share in shares] == [[[1, 0, 0, 0]], [[0, 1, 0, 0]], [[1, 0, 0, 0]]]

@@ -112,7 +112,7 @@ def test_base_size(base_size: Path, attention: str, training: bool, steps: int) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("training", "steps"), [(False, 1), (True, 20)], ids=["eval", "dropout"])
+@pytest.mark.parametrize(("training", "steps"), [(False, 1), (True, 3)], ids=["eval", "dropout"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_base_size_in_other_dtypes(
     base_size: Path, attention: str, dtype: torch.dtype, training: bool, steps: int

@@ -1,0 +1,56 @@
+"""How good a model is on a set of sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from heads.data import SentenceDataset
+from heads.features import compute
+from heads.metrics import TaskMetrics, majority
+from heads.multitask import MultiTaskModel
+from heads.processes import Processes
+from minibert.sentence_encoder import evaluating
+
+BATCH_SIZE = 64
+
+
+def evaluation_batches(dataset: SentenceDataset) -> list[list[int]]:
+    """All sentences once, sorted by length."""
+    order = sorted(range(len(dataset)), key=lambda i: len(dataset.ids[i]))
+    return [order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]
+
+
+def evaluate(model: MultiTaskModel, dataset: SentenceDataset, processes: Processes) -> dict[str, TaskMetrics]:
+    """Each task's metrics, in eval mode."""
+    logits: dict[str, list[Tensor]] = {task: [] for task in model.heads}
+    labels: dict[str, list[Tensor]] = {task: [] for task in model.heads}
+    with evaluating(model), processes.autocast():
+        for indices in evaluation_batches(dataset):
+            batch = {name: tensor.to(processes.device) for name, tensor in dataset.collate(indices).items()}
+            output = compute(model, batch, dataset.depth)
+            for task in model.heads:
+                logits[task].append(output.logits[task])
+                labels[task].append(batch[f"labels.{task}"])
+    return {task: TaskMetrics.of(torch.cat(logits[task]), torch.cat(labels[task])) for task in model.heads}
+
+
+def score(metrics: Mapping[str, TaskMetrics], name: str) -> float:
+    """What checkpoints are compared by, larger is better.
+
+    `name` is loss, accuracy or macro_f1, the mean over the tasks that have labels; or TASK.loss and so on.
+    """
+    task, _, metric = name.rpartition(".")
+    values = [getattr(m, metric) for t, m in metrics.items() if t == (task or t)]
+    known: list[float] = [value for value in values if value is not None]
+    return (-1.0 if metric == "loss" else 1.0) * sum(known) / len(known)
+
+
+def baseline(sets: Mapping[str, SentenceDataset], name: str) -> dict[str, float | None]:
+    """The accuracy on a set of always answering what is most frequent in training; None where unknown."""
+    labels = sets[name].labels
+    if "train" not in sets:
+        return dict.fromkeys(labels)
+    return {task: majority(sets["train"].labels[task], labels[task]) for task in labels}
