@@ -214,11 +214,11 @@ def train(
                 means = {task: value / processes.count for task, value in zip(losses, sums, strict=False)}
                 for task, value in means.items():
                     check_finite(f"loss of {task}", value, record)
-                optimizer.zero_grad()
                 objective.backward()
                 norm = nn.utils.clip_grad_norm_(trained, options.clip_norm or math.inf)
                 check_finite("length of the gradient", float(norm), record)
                 optimizer.step()
+                optimizer.zero_grad()  # now, so that the gradients take no memory beside the next activations
 
                 progress.step += 1
                 progress.batch += 1
@@ -373,14 +373,16 @@ def run_all(options: Options, processes: Processes) -> None:
             processes.from_first(partial(run.rewind, progress))
         else:
             run = open_run(options, model, processes)
-        if plan.trains_nothing(model) and processes.is_first:
-            print(f"--freeze {options.freeze} leaves nothing to train: this only evaluates\n")
-            run.save("best", model)
-            run.save("last", model, progress, {"random/0/cpu": torch.get_rng_state()})
+        if plan.trains_nothing(model):
+            if processes.is_first:
+                print(f"--freeze {options.freeze} leaves nothing to train: this only evaluates")
+                run.save("best", model)
+                run.save("last", model, progress, {})
         elif not progress.finished:
             train(options, run, model, sets, processes, progress, state)
-        model = MultiTaskModel.from_pretrained(run.path / "best").to(processes.device)
     if processes.is_first:
+        if run is not None and not options.eval_only:
+            model = MultiTaskModel.from_pretrained(run.path / "best").to(processes.device)
         finish(options, run, model, sets, processes)
 
 
@@ -419,7 +421,7 @@ def open_run(options: Options, model: MultiTaskModel, processes: Processes) -> R
             raise ValueError(f"{path} holds a run: go on with it by --resume, or give another --output")
         sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
         needed = sum(4 * size + 4 * size * trained for size, trained in sizes)  # best, last, and a new last
-        RunDirectory(path).begin(options.resolved(), needed)
+        RunDirectory(path).begin(options.resolved(), 0 if options.eval_only else needed)
         return path
 
     return RunDirectory(processes.from_first(begin))
@@ -447,7 +449,10 @@ def finish(
     if run is not None:
         plan = options.plan().summary(model)
         write_report(run, results, labels=model.labels, majorities=majorities, plan=plan)
-        print(f"\nin {run.path}: best/ and last/ (MultiTaskModel.from_pretrained), report.md, metrics.jsonl")
+        models = (
+            "" if options.eval_only else "best/ and last/ (MultiTaskModel.from_pretrained), metrics.jsonl, "
+        )
+        print(f"\nin {run.path}: {models}report.md")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 import warnings
 from collections.abc import Callable
@@ -552,6 +554,32 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
     assert json.loads((run / "last/training.json").read_text())["step"] == 8
     MultiTaskModel.from_pretrained(run / "last")
     MultiTaskModel.from_pretrained(run / "best")
+
+
+def test_a_progress_bar_on_a_terminal_only(small: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--model",
+        str(small),
+        "--data",
+        "dummy",
+        "--epochs",
+        "1",
+    ]
+    piped = subprocess.run([*command, "--output", str(tmp_path / "a")], capture_output=True, check=True)
+    assert piped.stderr == b""
+    assert b"tokens/s" in piped.stdout
+    terminal, child_end = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 100))
+    subprocess.run(
+        [*command, "--output", str(tmp_path / "b")], stderr=child_end, stdout=subprocess.DEVNULL, check=True
+    )
+    os.close(child_end)
+    shown = os.read(terminal, 65536).decode()
+    os.close(terminal)
+    assert "epoch 1/1" in shown
+    assert re.search(r"loss \d\.\d+, [\d,]+ tokens/s", shown)
 
 
 def test_help_is_for_newcomers(capsys: pytest.CaptureFixture[str]) -> None:
