@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import signal
 import sys
 import warnings
@@ -43,7 +44,7 @@ from heads.evaluation import baseline, evaluate, evaluation_batches, score
 from heads.features import compute, fill, size_in_bytes
 from heads.multitask import SETTINGS
 from heads.options import Options, read_options
-from heads.processes import Processes
+from heads.processes import FirstFailedError, Processes
 from heads.report import Bar, print_epoch, print_results, write_report
 from heads.run_directory import RunDirectory
 from heads.training_state import Progress, collect, restore
@@ -93,11 +94,14 @@ def read_files(options: Options, name: str, tasks: dict[str, str]) -> list[Examp
     examples = []
     for source, given in enumerate(getattr(options, name)):
         task, equals, path = given.partition("=")
-        if equals and task in tasks and not Path(given).exists():
+        if not equals or Path(given).exists():
+            path, columns = given, tasks
+        elif task in tasks:
             columns = {task: tasks[task]}
         else:
-            path, columns = given, tasks
-        examples += read_examples(path, options.text, columns, split=options.split, source=source)
+            raise DataError(f"--{name} {given}: there is no task {task!r}, --task names {', '.join(tasks)}")
+        split = options.split if name == "train" else None
+        examples += read_examples(path, options.text, columns, split=split, source=source)
     return examples
 
 
@@ -168,14 +172,16 @@ def train(
     total = sum(map(len, epochs))
     step = TrainingStep(model, build_loss(options, model).to(processes.device))
     optimizer = torch.optim.AdamW(parameter_groups(plan, step, progress.epoch))
-    restore(state, step, optimizer, processes)
     if not state and not processes.is_first:
         torch.manual_seed(options.seed + processes.rank)  # other dropout than in the first process
+    restore(state, step, optimizer, processes)
+    state.clear()  # mapped from a file that is going to be replaced
+    depths = [plan.frozen_depth(model, epoch) for epoch in range(len(epochs))]
 
     def save() -> None:
+        check_weights(step, progress)
         tensors = collect(step, optimizer, processes)
-        if processes.is_first:
-            run.save("last", model, progress, tensors)
+        processes.from_first(lambda: run.save("last", model, progress, tensors))
 
     with catching_interrupts() as caught:
         for epoch in range(progress.epoch, len(epochs)):
@@ -183,7 +189,7 @@ def train(
             set_groups(optimizer, parameter_groups(plan, step, epoch))
             rates = [group["lr"] for group in optimizer.param_groups]
             trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
-            cache_features(options, plan, model, sets, epochs, epoch, processes)
+            cache_features(options, model, sets, epochs, depths, epoch, processes)
             parallel = processes.parallel(step)
             model.train()
             loader = DataLoader(
@@ -233,14 +239,16 @@ def train(
                 if interrupted:
                     raise KeyboardInterrupt
             bar.close()
+            title = f"{title}, step {progress.step}{bar.speed()}"
 
+            check_weights(step, progress)
             metrics = processes.from_first(lambda: evaluate(model, sets["validation"], processes))
             better = progress.judge(score(metrics, options.metric))
             if processes.is_first:
                 record = {"epoch": epoch, "step": progress.step, "trained": plan.trained(model, epoch)}
                 record |= {"train": progress.means(), "validation": {t: asdict(m) for t, m in metrics.items()}}
                 run.log(record)
-                print_epoch(f"{title}, step {progress.step}{bar.speed()}", record, baseline(sets, "validation"))
+                print_epoch(title, record, baseline(sets, "validation"))
                 if better:
                     run.save("best", model)
             stop = bool(options.patience) and progress.stale >= options.patience
@@ -292,16 +300,15 @@ def rate_factor(options: Options, step: int, total: int) -> float:
 
 def cache_features(
     options: Options,
-    plan: FreezePlan,
     model: MultiTaskModel,
     sets: dict[str, SentenceDataset],
     epochs: list[list[list[int]]],
+    depths: list[int | None],
     epoch: int,
     processes: Processes,
 ) -> None:
     """Computes once what frozen layers give, if they stay frozen for several epochs and memory allows."""
     train, validation = sets["train"], sets["validation"]
-    depths = [plan.frozen_depth(model, e) for e in range(len(epochs))]
     depth = depths[epoch]
     if train.features is not None and train.depth == depth:
         return
@@ -322,6 +329,17 @@ def check_finite(name: str, value: float, record: dict[str, Any]) -> None:
             f"step {record['step']}: the {name} is {value}, at learning rate {record['lr']:.3g} (heads "
             f"{record['head_lr']:.3g}): stopped, best/ and last/ are as last saved; try a smaller --lr"
         )
+
+
+def check_weights(step: TrainingStep, progress: Progress) -> None:
+    """Nothing is saved, and nothing evaluated, that is not finite."""
+    for name, parameter in step.named_parameters():
+        # a sum is not finite if a term is not, and takes no memory
+        if parameter.requires_grad and not math.isfinite(parameter.detach().sum()):
+            raise ValueError(
+                f"step {progress.step}: {name.removeprefix('model.')} is not finite: stopped, best/ and last/ "
+                "are as last saved; try a smaller --lr"
+            )
 
 
 @contextmanager
@@ -383,7 +401,7 @@ def run_all(options: Options, processes: Processes) -> None:
     if processes.is_first:
         if run is not None and not options.eval_only:
             model = MultiTaskModel.from_pretrained(run.path / "best").to(processes.device)
-        finish(options, run, model, sets, processes)
+        finish(options, run, model, sets, processes, max(0, progress.epoch - 1))
 
 
 def check_settings(
@@ -417,11 +435,14 @@ def open_run(options: Options, model: MultiTaskModel, processes: Processes) -> R
     def begin() -> Path:
         free = (path for i in itertools.count(1) if not (path := Path("runs", str(i))).exists())
         path = Path(options.output) if options.output else next(free)
-        if (path / "config.json").exists() and not options.resume:
-            raise ValueError(f"{path} holds a run: go on with it by --resume, or give another --output")
-        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
-        needed = sum(4 * size + 4 * size * trained for size, trained in sizes)  # best, last, and a new last
-        RunDirectory(path).begin(options.resolved(), 0 if options.eval_only else needed)
+        taken = [name for name in ("config.json", "metrics.jsonl", "best", "last") if (path / name).exists()]
+        if taken and not options.resume:
+            raise ValueError(
+                f"{path} holds a {taken[0]} already: give another --output, or go on with that run by --resume"
+            )
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        # best, last, a new last beside it, and twice the optimizer's two numbers per parameter
+        RunDirectory(path).begin(options.resolved(), 0 if options.eval_only else 8 * size)
         return path
 
     return RunDirectory(processes.from_first(begin))
@@ -433,8 +454,9 @@ def finish(
     model: MultiTaskModel,
     sets: dict[str, SentenceDataset],
     processes: Processes,
+    epoch: int,
 ) -> None:
-    """Evaluates the best checkpoint, prints and writes what came out."""
+    """Evaluates the best checkpoint, prints and writes what came out; `epoch` is the last one trained."""
     results = {}
     majorities: dict[str, dict[str, float | None]] = {}
     for name in (name for name in SPLITS[1:] if name in sets):
@@ -447,7 +469,7 @@ def finish(
         answers = (f"{task}: {p['label']} ({p['probability']:.0%})" for task, p in prediction.items())
         print(f"{sentence:<36}  {'   '.join(answers)}")
     if run is not None:
-        plan = options.plan().summary(model)
+        plan = "evaluated only" if options.eval_only else options.plan().summary(model, epoch)
         write_report(run, results, labels=model.labels, majorities=majorities, plan=plan)
         models = (
             "" if options.eval_only else "best/ and last/ (MultiTaskModel.from_pretrained), metrics.jsonl, "
@@ -456,7 +478,7 @@ def finish(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: done. 2: an error, in one sentence on stderr. 130: interrupted; what was done is saved."""
+    """0: done. 2: an error, in one sentence on stderr. 130: Ctrl-C or SIGTERM; what was done is saved."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
@@ -468,15 +490,26 @@ def main(argv: list[str] | None = None) -> int:
                 processes.close()
         return 0
     except KeyboardInterrupt:
-        print("train.py: interrupted; a run that has begun goes on with --output DIR --resume", file=sys.stderr)
+        tell("interrupted; a run that has begun goes on with --output DIR --resume")
         return 130
+    except FirstFailedError:
+        return 2  # the first process has said why
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        tell(f"error: out of memory, try a smaller --batch-size ({str(error).partition('.')[0]})")
+        return 2
     except (ValueError, TypeError, OSError) as error:  # DataError and CheckpointError among them
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
 
 
+def tell(message: str) -> None:
+    """On standard error, from the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"train.py: {message}", file=sys.stderr)
+
+
 def show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"train.py: warning: {message}", file=sys.stderr)
+    tell(f"warning: {message}")
 
 
 if __name__ == "__main__":

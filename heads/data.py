@@ -9,9 +9,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -64,11 +65,11 @@ def read_examples(
     """
     examples = []
     columns: set[str] = set()
-    for line, row in _rows(Path(path)):
+    for line, row in _rows(Path(path), [text, *tasks.values()]):
         where = f"{path}, line {line}"
         columns |= row.keys()
         if text not in row:
-            raise DataError(f"{where}: no column {text!r}, there are: {', '.join(row)}")
+            raise DataError(f"{where}: no column {text!r}, there are: {_listed(row)}")
         if not row[text].strip():
             raise DataError(f"{where}: the text (column {text!r}) is empty")
         part = row.get(split, "").strip() if split else ""
@@ -81,18 +82,22 @@ def read_examples(
         raise DataError(f"{path} holds no examples")
     for task, column in tasks.items():
         if column not in columns:
-            raise DataError(f"{path} has no column {column!r} for {task}, it has: {', '.join(sorted(columns))}")
+            raise DataError(f"{path} has no column {column!r} for {task}, it has: {_listed(sorted(columns))}")
     return examples
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number (of a row's first line) and cells by column name."""
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(name if name.isprintable() else repr(name) for name in names)
+
+
+def _rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number (of a row's first line) and cells by column name; `needed` are the columns of a table."""
     if path.suffix not in (".csv", ".tsv", ".jsonl"):
         raise DataError(f"cannot tell what {path} is: its name must end in .csv, .tsv or .jsonl")
     try:
         with path.open("rb") as file:
             lines = _decoded(path, file)
-            yield from _json_rows(path, lines) if path.suffix == ".jsonl" else _table_rows(path, lines)
+            yield from _json_rows(path, lines) if path.suffix == ".jsonl" else _table_rows(path, lines, needed)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -107,7 +112,9 @@ def _decoded(path: Path, lines: Iterator[bytes]) -> Iterator[str]:
             ) from error
 
 
-def _table_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, str]]]:
+def _table_rows(
+    path: Path, lines: Iterator[str], needed: Sequence[str]
+) -> Iterator[tuple[int, dict[str, str]]]:
     if path.suffix == ".tsv":
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
     else:
@@ -116,6 +123,8 @@ def _table_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[st
         names = [name.strip() for name in next(reader, [])]
         if repeated := [name for name in names if names.count(name) > 1]:
             raise DataError(f"{path}, line 1: two columns are named {repeated[0]!r}")
+        if names and (missing := [name for name in needed if name not in names]):
+            raise DataError(f"{path}, line 1: no column {missing[0]!r}, there are: {_listed(names)}")
         line = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(names):
@@ -139,7 +148,7 @@ def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str
             "".join(cells.values()).encode()
         except UnicodeEncodeError as error:
             raise DataError(f"{path}, line {number}: not valid Unicode, it has a lone surrogate") from error
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: not a JSON object of plain values ({error})") from error
         yield number, cells
 
@@ -165,14 +174,16 @@ def label_names(examples: Sequence[Example], tasks: Sequence[str]) -> dict[str, 
             has = f"only the label {found.pop()!r}" if found else "no label at all"
             raise DataError(f"the training examples have {has} for {task}: there must be two or more")
         numbers = all(label.isdecimal() for label in found)
-        names[task] = tuple(sorted(found, key=int if numbers else str))
+        names[task] = tuple(sorted(found, key=lambda label: (int(label) if numbers else 0, label)))
     return names
 
 
 def stratified_split(
     examples: Sequence[Example], fraction: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """(rest, held out): `fraction` of each combination of labels and file is held out. Keeps the order.
+    """(rest, held out): `fraction` of each combination of labels and file, as nearly as can be.
+
+    Keeps the order, and something of every label in the rest.
 
     Raises:
         DataError: too few examples to hold one out and keep one.
@@ -181,15 +192,20 @@ def stratified_split(
     for index, example in enumerate(examples):
         strata[(example.source, *sorted(example.labels.items()))].append(index)
     generator = torch.Generator().manual_seed(seed)
+    shares = {key: fraction * len(members) for key, members in strata.items()}
+    keys = sorted(strata, key=repr)
+    keys = [keys[i] for i in torch.randperm(len(keys), generator=generator).tolist()]
+    keys.sort(key=lambda key: int(shares[key]) - shares[key])  # the largest part lost by rounding down first
+    extra = round(fraction * len(examples)) - sum(map(int, shares.values()))
+    left = Counter(label for example in examples for label in example.labels.items())
     held: set[int] = set()
-    due = 0.0
-    for key in sorted(strata, key=repr):
-        members = strata[key]
-        due += fraction * len(members)  # what small strata cannot give is carried on to the next
-        take = min(round(due), len(members) - 1)
-        due -= take
-        chosen = torch.randperm(len(members), generator=generator)[:take]
-        held |= {members[i] for i in chosen.tolist()}
+    for rank, key in enumerate(keys):
+        order = torch.randperm(len(strata[key]), generator=generator).tolist()
+        for index in [strata[key][i] for i in order[: int(shares[key]) + (rank < extra)]]:
+            labels = list(examples[index].labels.items())
+            if all(left[label] > 1 for label in labels):
+                left.subtract(labels)
+                held.add(index)
     if not held:
         raise DataError(
             f"{len(examples)} examples are too few to hold {fraction:.0%} out: give a validation file"
@@ -278,7 +294,7 @@ def _class_index(example: Example, task: str, names: Sequence[str]) -> int:
     if label is None:
         return MISSING
     if label not in names:
-        raise DataError(f"{example.where}: {task} is {label!r}, the known labels are {', '.join(names)}")
+        raise DataError(f"{example.where}: {task} is {label!r}, the known labels are {_listed(names)}")
     return names.index(label)
 
 
@@ -325,8 +341,7 @@ def _evenly(order: Sequence[int], sources: Sequence[int], generator: torch.Gener
     for index in order:
         by_source[sources[index]].append(index)
     share = -(-len(order) // len(by_source))
-    drawn = [(members * share)[:share] for _, members in sorted(by_source.items())]
-    mixed = [index for members in drawn for index in members]
+    mixed = [index for _, members in sorted(by_source.items()) for index in islice(cycle(members), share)]
     return [mixed[i] for i in torch.randperm(len(mixed), generator=generator).tolist()]
 
 

@@ -82,7 +82,11 @@ class MultiTaskModel(nn.Module):
 
     def classify(self, embeddings: Tensor) -> MultiTaskOutput:
         """The heads alone, on (B, H) embeddings."""
-        return MultiTaskOutput({name: head(embeddings) for name, head in self.heads.items()}, embeddings)
+        logits = {}
+        for name, head in self.heads.items():
+            dtype = next((p.dtype for p in head.parameters()), embeddings.dtype)  # pooling is float32 or wider
+            logits[name] = head(embeddings.to(dtype))
+        return MultiTaskOutput(logits, embeddings)
 
     def train(self, mode: bool = True) -> Self:
         """As in every module, but what is frozen stays in eval mode: no dropout in what cannot learn."""
@@ -191,8 +195,12 @@ class MultiTaskModel(nn.Module):
 def _check_head(name: str, head: nn.Module, hidden_size: int, labels: Sequence[str] | None) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
         raise ValueError(f"{name!r} cannot be the name of a task: use letters, digits, _ and -")
-    if labels is not None and (isinstance(labels, str) or not all(isinstance(label, str) for label in labels)):
-        raise ValueError(f"the labels of {name} are {labels!r}, they must be a list of strings")
+    if labels is not None and (
+        not isinstance(labels, list | tuple)
+        or not all(isinstance(label, str) for label in labels)
+        or len(set(labels)) < len(labels)
+    ):
+        raise ValueError(f"the labels of {name} are {labels!r}, they must be a list of different strings")
     if isinstance(head, MLPHead):
         if head.hidden.in_features != hidden_size:
             raise ValueError(
@@ -204,7 +212,9 @@ def _check_head(name: str, head: nn.Module, hidden_size: int, labels: Sequence[s
 
 def _build_head(name: str, sizes: Any) -> MLPHead:
     names = ("hidden", "width", "classes")
-    if not isinstance(sizes, dict) or not sizes.keys() >= set(names):
+    if not isinstance(sizes, dict) or not all(
+        type(sizes.get(n)) is int and 0 < sizes[n] < 10**7 for n in names
+    ):
         raise ValueError(
             f"head {name} is not an MLPHead: pass it as from_pretrained(..., heads={{{name!r}: ...}})"
         )

@@ -74,6 +74,8 @@ class Options:
     eval_only: bool = option(False, "train nothing, only evaluate --model")
 
     def __post_init__(self) -> None:
+        if self.seed >= 2**32:
+            raise ValueError(f"--seed is {self.seed}, it must be less than 2**32")
         least = {"epochs": 1, "steps": 1, "batch_size": 1, "batch_tokens": 1, "save_every": 1}
         least |= {"patience": 0, "clip_norm": 0, "feature_cache_mb": 0, "seed": 0}
         for name, lowest in least.items():
@@ -92,6 +94,8 @@ class Options:
             raise ValueError("--train needs --task NAME=COLUMN, once for each task")
         if (self.task or self.test or self.validation) and not (self.train or self.eval_only):
             raise ValueError("--task, --validation and --test need --train FILE (or --eval-only)")
+        if bool(self.task) != bool(self.train or self.validation or self.test):
+            raise ValueError("files need --task NAME=COLUMN, and --task needs files")
 
     def pairs(self, name: str) -> dict[str, str]:
         """The NAME=VALUE of a repeatable option, by name."""
@@ -104,6 +108,7 @@ class Options:
         return pairs
 
     def plan(self) -> FreezePlan:
+        """--freeze with its learning rates: without --lr a trained encoder is to move less than new heads."""
         lr = 5e-5 if self.lr is None else self.lr
         heads = 1e-3 if self.lr is None else self.lr
         heads = heads if self.head_lr is None else self.head_lr
@@ -123,12 +128,18 @@ class Options:
         return {name: value for name, value in fixed.items() if name not in ("output", "resume")}
 
 
+REPEATABLE = {item.name for item in fields(Options) if item.default == ()}
+
+
 class Parser(argparse.ArgumentParser):
+    """Raises ValueError where argparse would print and exit."""
+
     def error(self, message: str) -> Any:
         raise ValueError(message)
 
 
 def parser() -> Parser:
+    """The command line, made of the fields of `Options`."""
     result = Parser(
         prog="train.py",
         allow_abbrev=False,
@@ -159,6 +170,8 @@ def from_json(path: Path) -> dict[str, Any]:
     for name, value in read_json(path).items():
         if name not in names:
             raise ValueError(f"{path}: no option {name!r}, see --help")
+        if isinstance(value, list) and name not in REPEATABLE:
+            raise ValueError(f"{path}: {name} is a list, it must be one value")
         for each in value if isinstance(value, list) else [value]:
             if each is not None and each is not False:
                 words.append(f"--{name.replace('_', '-')}" + ("" if each is True else f"={each}"))
@@ -174,7 +187,11 @@ def collected(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_options(argv: list[str] | None) -> Options:
-    """Command line over --config over, when resuming, the run's own; no silent change of a run."""
+    """The command line over --config; when resuming, the run's own, which these may only repeat.
+
+    Raises:
+        ValueError: an option that does not exist or cannot be; options other than those of the run.
+    """
     given = collected(parser().parse_args(argv))
     if "config" in given:
         given = from_json(Path(given.pop("config"))) | given

@@ -11,8 +11,18 @@ from torch import Tensor, nn
 from heads.losses import MISSING
 
 
+class FirstFailedError(RuntimeError):
+    """Something failed in the first process, so the others stop too."""
+
+
 class Processes:
-    """This process among those that train together: its `rank`, how many there are, its device."""
+    """This process among those that train together: its `rank`, how many there are, its device.
+
+    `device` is cpu, cuda, cuda:N, or auto; `bf16` whether `autocast` does anything.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
 
     def __init__(self, device: str = "auto", *, bf16: bool = False) -> None:
         self.bf16 = bf16
@@ -24,6 +34,8 @@ class Processes:
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         try:
             self.device = torch.device(device)
+            if self.device.type not in ("cpu", "cuda"):
+                raise RuntimeError("it must be cpu or cuda")
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:  # no such kind of device, or none of it here
             raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
@@ -46,11 +58,25 @@ class Processes:
         return [float(total) for total in tensor]
 
     def from_first(self, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives in the first process; it runs only there."""
+        """What `compute` gives in the first process; it runs only there, and if it fails all fail.
+
+        Raises:
+            FirstFailedError: in the others, if it raised in the first.
+        """
         if self.count == 1:
             return compute()
-        box = [compute() if self.is_first else None]
+        error = None
+        box = [None, False]  # the value, whether there is one
+        if self.is_first:
+            try:
+                box = [compute(), True]
+            except Exception as caught:
+                error = caught
         dist.broadcast_object_list(box, device=self.device)
+        if error is not None:
+            raise error
+        if not box[1]:
+            raise FirstFailedError("the first process failed, and has said why")
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -70,7 +96,7 @@ class Processes:
         if self.count == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(module, device_ids=ids)
 
     def share(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """This process's part of a batch of `SentenceDataset.collate`, on its device.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+import warnings
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from heads.metrics import TaskMetrics
 from heads.run_directory import RunDirectory
 from weights.json_files import to_json
 
+LEGIBLE = 40  # so many classes can be written beside a matrix
 Results = Mapping[str, Mapping[str, TaskMetrics]]  # set -> task -> metrics
 
 
@@ -34,7 +36,6 @@ def write_report(
     """
     scores = {name: {task: m.scores() for task, m in tasks.items()} for name, tasks in results.items()}
     epochs = [record for record in run.metrics() if "validation" in record]
-    plots = draw(run.path, epochs, results, labels) if importlib.util.find_spec("matplotlib") else []
     text = "\n\n".join(
         [
             "# Training report",
@@ -42,12 +43,14 @@ def write_report(
             *(_results(name, tasks, majorities[name]) for name, tasks in results.items()),
             _history(epochs),
             *(_confusions(name, tasks, labels) for name, tasks in results.items()),
-            *(f"![{name}]({name})" for name in plots),
         ]
     )
-    run.write(
-        {"report.json": to_json({"validation": {}, "test": {}} | scores), "report.md": f"{text}\n".encode()}
-    )
+    report = {"report.json": to_json({"validation": {}, "test": {}} | scores)}
+    run.write(report | {"report.md": f"{text}\n".encode()})
+    if importlib.util.find_spec("matplotlib"):  # once the rest is safe
+        names = draw(run.path, epochs, results, labels)
+        text += "".join(f"\n\n![{name}]({name})" for name in names)
+        run.write({"report.md": f"{text}\n".encode()})
 
 
 def print_epoch(title: str, record: Mapping[str, Any], majorities: Mapping[str, float | None]) -> None:
@@ -113,7 +116,9 @@ def percent(value: float | None) -> str:
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+    escaped = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in [header, *rows]]
+    lines = [escaped[0], ["---"] * len(header), *escaped[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
 def _results(name: str, tasks: Mapping[str, TaskMetrics], majorities: Mapping[str, float | None]) -> str:
@@ -162,7 +167,9 @@ def draw(
     names = []
 
     def save(figure: Figure, name: str) -> None:
-        FigureCanvasAgg(figure).print_png(directory / name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")  # of a script the font lacks
+            FigureCanvasAgg(figure).print_png(directory / name)
         names.append(name)
 
     steps = [record["step"] for record in epochs]
@@ -183,16 +190,17 @@ def draw(
     for name, tasks in results.items():
         for task, m in tasks.items():
             classes = labels.get(task) or tuple(map(str, range(len(m.confusion))))
-            size = 2.5 + 0.4 * len(classes)
+            size = 2.5 + 0.4 * min(len(classes), LEGIBLE)
             figure = Figure(figsize=(size, size), layout="constrained")
             axes = figure.subplots()
             axes.imshow(m.confusion, cmap="Blues")
-            for i, row in enumerate(m.confusion):
-                for j, count in enumerate(row):
-                    axes.text(j, i, str(count), ha="center", va="center")
-            ticks = range(len(classes))
-            axes.set_xticks(ticks, classes, rotation=45, ha="right")
-            axes.set_yticks(ticks, classes)
+            if len(classes) <= LEGIBLE:
+                for i, row in enumerate(m.confusion):
+                    for j, count in enumerate(row):
+                        axes.text(j, i, str(count), ha="center", va="center")
+                ticks = range(len(classes))  # a label is text, also with a $ in it
+                axes.set_xticks(ticks, classes, rotation=45, ha="right", parse_math=False)
+                axes.set_yticks(ticks, classes, parse_math=False)
             axes.set(xlabel="predicted", ylabel="true", title=f"{task}, {name}")
             save(figure, f"confusion-{name}-{task}.png")
     return names

@@ -39,10 +39,12 @@ class RunDirectory:
         self.path = Path(path)
 
     def recover(self) -> None:
-        """Puts back what a run that died between the two renames of `save` left aside."""
+        """Puts back what a run that died between the two renames of `save` left aside, and clears up."""
         for name in ("best", "last"):
             if not (self.path / name).exists() and (self.path / f".{name}.old").exists():
                 (self.path / f".{name}.old").rename(self.path / name)
+        for leftover in [*self.path.glob(".*.new"), *self.path.glob(".*.old"), *self.path.glob(".saving-*")]:
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def begin(self, config: dict[str, Any], bytes_needed: int) -> None:
         """Makes the directory and writes config.json; fails now if it could only fail later."""

@@ -67,6 +67,8 @@ def test_labels_of_json_can_be_numbers(tmp_path: Path) -> None:
     assert [e.labels["type"] for e in examples] == ["10", "9", "true"]
     assert label_names(examples[:2], ["type"]) == {"type": ("9", "10")}
     assert label_names(examples, ["type"]) == {"type": ("10", "9", "true")}
+    alike = [Example("a", {"type": label}) for label in ("1", "001", "01", "0")]
+    assert label_names(alike, ["type"]) == {"type": ("0", "001", "01", "1")}
 
 
 @pytest.mark.parametrize(
@@ -75,8 +77,8 @@ def test_labels_of_json_can_be_numbers(tmp_path: Path) -> None:
         ("a.txt", "x", "cannot tell what {} is: its name must end in .csv, .tsv or .jsonl"),
         ("a.csv", "", "{} holds no examples"),
         ("a.csv", "text,kind,feeling\n", "{} holds no examples"),
-        ("a.csv", "sentence,kind\nx,y\n", "{}, line 2: no column 'text', there are: sentence, kind"),
-        ("a.csv", "text,kind\nx,y\n", "{} has no column 'feeling' for mood, it has: kind, text"),
+        ("a.csv", "sentence,kind\nx,y\n", "{}, line 1: no column 'text', there are: sentence, kind"),
+        ("a.csv", "text,kind\nx,y\n", "{}, line 1: no column 'feeling', there are: text, kind"),
         ("a.csv", "text,text\nx,y\n", "{}, line 1: two columns are named 'text'"),
         ("a.csv", "text,kind,feeling\na,b,c\nd,e\n", "{}, line 3: 2 cells, but line 1 names 3 columns"),
         ("a.csv", "text,kind,feeling\na,b,c,d\n", "{}, line 2: 4 cells, but line 1 names 3 columns"),
@@ -87,6 +89,8 @@ def test_labels_of_json_can_be_numbers(tmp_path: Path) -> None:
         ("a.csv", 'text,kind,feeling\n"a,b,c\n', "{}, line 2: unexpected end of data"),
         ("a.csv", f"text,kind,feeling\n{'a' * 140_000},b,c\n", "{}, line 2: field larger than field limit"),
         ("a.jsonl", "{", "{}, line 1: not a JSON object of plain values"),
+        ("a.jsonl", "[" * 100_000, "{}, line 1: not a JSON object of plain values"),
+        ("a.jsonl", '{"text": "a", "kind": "x"}', "{} has no column 'feeling' for mood, it has: kind, text"),
         ("a.jsonl", "[1]", "{}, line 1: not a JSON object of plain values"),
         (
             "a.jsonl",
@@ -150,6 +154,20 @@ def test_stratified_split() -> None:
     assert stratified_split(examples, 0.2, seed=4) != (rest, held)
     with pytest.raises(DataError, match="2 examples are too few to hold 10% out"):
         stratified_split(examples[:2], 0.1, seed=0)
+
+
+def test_rare_combinations_are_split_as_well() -> None:
+    """500 combinations of labels that occur once, and 100 examples alike: the latter do not make up for them."""
+    rare = [Example(str(i), {"a": str(i % 25), "b": str(i // 25)}) for i in range(500)]
+    rest, held = stratified_split(
+        rare + [Example(str(i), {"a": "z", "b": "z"}) for i in range(500, 600)], 0.1, 0
+    )
+    assert len(held) == 60
+    assert sum(e.labels["a"] == "z" for e in held) == 10
+    # every label stays in training: here each occurs once but for one
+    rest, held = stratified_split([Example(str(i), {"a": str(max(0, i - 20))}) for i in range(40)], 0.5, 0)
+    assert {e.labels["a"] for e in rest} == {str(i) for i in range(20)}
+    assert 0 < len(held) <= 20
 
 
 def lengths_dataset(lengths: list[int], sources: list[int] | None = None) -> SentenceDataset:

@@ -117,6 +117,20 @@ def test_without_tokenizer_and_labels(tiny: Path, tmp_path: Path) -> None:
         again.predict("x")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes(small: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    expected = build(small).predict(SENTENCES)
+    whole = build(small).to(dtype)
+    whole.save_pretrained(tmp_path)
+    for model in (
+        whole,
+        MultiTaskModel.from_pretrained(tmp_path),
+        MultiTaskModel.from_pretrained(tmp_path, dtype=dtype),
+    ):
+        for ours, theirs in zip(model.predict(SENTENCES), expected, strict=True):
+            assert ours["type"]["probability"] == pytest.approx(theirs["type"]["probability"], abs=0.02)
+
+
 def test_a_head_of_ones_own(small: Path, tmp_path: Path) -> None:
     model = build(small, labels=None)
     model = MultiTaskModel(model.encoder, {"line": nn.Linear(36, 4)}, tokenizer=model.tokenizer).eval()
@@ -135,7 +149,7 @@ def test_a_head_of_ones_own(small: Path, tmp_path: Path) -> None:
         ({"heads": {"": MLPHead(36, 5, 3)}}, "'' cannot be the name of a task"),
         ({"heads": {"a": MLPHead(37, 5, 3)}}, "head a takes 37 numbers, the encoder gives 36"),
         ({"labels": {"type": ["x", "y"]}}, "head type has 3 classes but 2 labels"),
-        ({"labels": {"type": "xyz"}}, "the labels of type are 'xyz', they must be a list of strings"),
+        ({"labels": {"type": "xyz"}}, "the labels of type are 'xyz', they must be a list of different strings"),
         ({"labels": {"other": ["x"]}}, "labels are given for 'other', the heads are: type"),
     ],
 )
@@ -152,6 +166,21 @@ def test_what_cannot_be_built(tiny: Path, arguments: dict[str, Any], message: st
         ("heads.json", "{}", "heads.json has no `heads`"),
         ("heads.json", "[1]", "holds a JSON list"),
         ("heads.json", '{"heads": {"type": {"hidden": 36}}}', "head type is not an MLPHead"),
+        (
+            "heads.json",
+            '{"heads": {"a": {"hidden": 36, "width": -1, "classes": 3}}}',
+            "head a is not an MLPHead",
+        ),
+        (
+            "heads.json",
+            '{"heads": {"a": {"hidden": 36, "width": "4", "classes": 3}}}',
+            "head a is not an MLPHead",
+        ),
+        (
+            "heads.json",
+            '{"heads": {"a": {"hidden": 36, "width": 4, "classes": 3, "labels": 5}}}',
+            "the labels of a",
+        ),
         (
             "heads.json",
             '{"heads": {"type": {"hidden": 36, "width": 9, "classes": 3}}}',

@@ -132,12 +132,25 @@ def test_the_plots(main: Main) -> None:
     pytest.importorskip("matplotlib")
     run = main("run", "--freeze gradual --epochs 2")
     names = {path.name for path in run.glob("*.png")}
+    assert not (run / "report.md").read_text().startswith("!")
     assert names == {
         f"{kind}-{task}.png" for kind in ("curves", "confusion-validation") for task in ("type", "sentiment")
     }
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in run.glob("*.png"))
     assert "![curves-type.png](curves-type.png)" in (run / "report.md").read_text()
     assert "- from epoch 2: layers.2, heads.type, heads.sentiment" in (run / "report.md").read_text()
+
+
+def test_odd_label_names(small: Path, tmp_path: Path) -> None:
+    labels = ["<$10", "$10_$20", "a|b", "\u4e2d\u6587", "x^2_"]
+    rows = [(f"sentence {i}", labels[i % 5]) for i in range(30)]
+    data = table(tmp_path / "a.csv", [("text", "price"), *rows])
+    command = f"--model {small} --train {data} --task price=price --epochs 1 --output {tmp_path / 'run'}"
+    assert train.main(command.split()) == 0
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "| price | $10_$20 | <$10 | a\\|b | x^2_ | \u4e2d\u6587 |" in text
+    predictions = MultiTaskModel.from_pretrained(tmp_path / "run" / "best").predict(["x"])
+    assert predictions[0]["price"]["label"] in labels
 
 
 def test_columns_files_and_missing_labels(small: Path, tmp_path: Path) -> None:
@@ -273,14 +286,15 @@ def test_cached_features_give_the_same_run(main: Main, freeze: str, monkeypatch:
 
     monkeypatch.setattr(train, "fill", noting)
     cached = main("cached", f"--freeze {freeze} --epochs 4 --lr 1e-3")
-    assert (
-        filled
-        == {"backbone": [3, 3], "layers:1": [1, 1], "layers:2,head:type": [2, 2], "gradual:2": [3, 3, 2, 2]}[
-            freeze
-        ]
-    )
+    expected = {
+        "backbone": [3, 3],
+        "layers:1": [1, 1],
+        "layers:2,head:type": [2, 2],
+        "gradual:2": [3, 3, 2, 2],
+    }[freeze]
+    assert filled == expected
     computed = main("computed", f"--freeze {freeze} --epochs 4 --lr 1e-3 --feature-cache-mb 0")
-    assert len(filled) < 5
+    assert filled == expected  # nothing more
     a, b = steps(cached), steps(computed)
     first = [record["losses"] for record in a if record["epoch"] == 0]
     assert first == [record["losses"] for record in b if record["epoch"] == 0]  # to the last bit
@@ -289,6 +303,19 @@ def test_cached_features_give_the_same_run(main: Main, freeze: str, monkeypatch:
     old, new = (MultiTaskModel.from_pretrained(run / "last") for run in (cached, computed))
     for p, q in zip(old.parameters(), new.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+def test_uniform_mixing_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def noting(dataset: Any, epoch: int, **settings: Any) -> list[list[int]]:
+        asked.append(settings["uniform"])
+        return [[0]]
+
+    monkeypatch.setattr(train, "epoch_batches", noting)
+    for mixing in ("uniform", "proportional"):
+        train.all_batches(Options(mixing=mixing, epochs=1), None)  # type: ignore[arg-type]
+    assert asked == [True, False]
 
 
 def test_bf16(main: Main) -> None:
@@ -332,6 +359,28 @@ def test_a_loss_that_is_not_finite(
     assert message in capsys.readouterr().err
     assert len(steps(run)) == 11
     assert json.loads((run / "last/training.json").read_text())["step"] == 8
+    for name in ("best", "last"):
+        assert all(p.isfinite().all() for p in MultiTaskModel.from_pretrained(run / name).parameters())
+
+
+@pytest.mark.parametrize("save_every", ["", "--save-every 1"])
+def test_weights_that_are_not_finite_are_never_saved(
+    main: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, save_every: str
+) -> None:
+    """One step an epoch; the second one's update destroys the weights although its loss was fine."""
+    calls = []
+    step = torch.optim.AdamW.step
+
+    def destroying(self: Any, *arguments: Any) -> None:
+        step(self, *arguments)
+        calls.append(1)
+        if len(calls) == 2:
+            self.param_groups[-1]["params"][0].data.fill_(math.inf)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", destroying)
+    run = main("run", f"--batch-size 400 {save_every}", status=2)
+    assert "step 2: heads.sentiment.hidden.bias is not finite: stopped" in capsys.readouterr().err
+    assert json.loads((run / "last/training.json").read_text())["step"] == 1
     for name in ("best", "last"):
         assert all(p.isfinite().all() for p in MultiTaskModel.from_pretrained(run / name).parameters())
 
@@ -436,7 +485,15 @@ def test_resuming_something_else_says_what_differs(
 def test_a_run_is_not_overwritten(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main("run", "--epochs 1")
     main("run", "--epochs 1", status=2)
-    assert "holds a run: go on with it by --resume, or give another --output" in capsys.readouterr().err
+    assert (
+        "run holds a config.json already: give another --output, or go on with that run by --resume"
+        in capsys.readouterr().err
+    )
+    (tmp_path / "other" / "best").mkdir(parents=True)
+    (tmp_path / "other" / "best" / "precious.txt").write_text("mine")
+    main("other", "--epochs 1", status=2)
+    assert "other holds a best already" in capsys.readouterr().err
+    assert (tmp_path / "other" / "best" / "precious.txt").read_text() == "mine"
 
 
 def test_the_next_free_directory(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,6 +528,10 @@ def test_the_next_free_directory(small: Path, tmp_path: Path, monkeypatch: pytes
         ("--train x.csv", "--train needs --task NAME=COLUMN"),
         ("--train x.csv --task a=b", "x.csv cannot be read: No such file or directory"),
         ("--device gpu", "--device gpu:"),
+        ("--device meta", "--device meta"),
+        ("--seed 20240101123456", "--seed is 20240101123456, it must be less than 2**32"),
+        ("--eval-only --test x.csv", "files need --task NAME=COLUMN, and --task needs files"),
+        ("--train knd=x.csv --task kind=a", "--train knd=x.csv: there is no task 'knd', --task names kind"),
         ("--epoch 3", "unrecognized arguments: --epoch 3"),
         ("--eval-only", "has no head for type"),
         ("--resume", "holds no run, it has no config.json"),
@@ -498,6 +559,7 @@ def test_bad_options_are_one_sentence(
     ("content", "message"),
     [
         ('{"epoch": 3}', "config.json: no option 'epoch', see --help"),
+        ('{"freeze": ["layers:1", "head:type"]}', "config.json: freeze is a list, it must be one value"),
         ('{"epochs": "many"}', "config.json: argument --epochs: invalid int value: 'many'"),
         ("{", "is not valid JSON"),
     ],
@@ -602,7 +664,7 @@ def no_dropout(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "freeze", ["none", "backbone", "head:type", "layers:2", "gradual", "only:layers.1,heads.type"]
+    "freeze", ["none", "backbone", "layers:0,head:type", "gradual,head:mood", "only:layers.1,heads.type", "all"]
 )
 def test_two_processes_train_as_one(no_dropout: Path, tmp_path: Path, freeze: str) -> None:
     """Batches of 9 of 64 sentences, many of them without a label, one batch of a single sentence."""
@@ -624,8 +686,9 @@ def test_two_processes_train_as_one(no_dropout: Path, tmp_path: Path, freeze: st
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("sentences: 64 train") == 1
+    assert "train.py" not in result.stderr
     one, two = steps(tmp_path / "one"), steps(tmp_path / "two")
-    assert len(one) == 16
+    assert len(one) == (0 if freeze == "all" else 16)
     for x, y in zip(one, two, strict=True):
         assert x["losses"] == pytest.approx(y["losses"], abs=1e-5)
     for name in ("best", "last"):
@@ -634,6 +697,21 @@ def test_two_processes_train_as_one(no_dropout: Path, tmp_path: Path, freeze: st
             load_file(tmp_path / "two" / name / "model.safetensors"),
         )
         assert all((a[key] - b[key]).abs().max() < 1e-5 for key in a)
+
+
+@pytest.mark.slow
+def test_an_error_in_the_first_process_stops_all_with_one_sentence(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    command = f"--model {small} --data dummy --epochs 1 --output {tmp_path / 'run'}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*torchrun, str(ROOT / "train.py"), *command.split()], capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("train.py: error: ") == 1
+    assert "holds a best already" in result.stderr
+    assert "FirstFailedError" not in result.stderr
+    assert "gloo" not in result.stderr
 
 
 @pytest.mark.slow
