@@ -3,8 +3,8 @@
     python train.py --model all-MiniLM-L6-v2
 
 trains two heads on the sentences of heads/demo.csv; `--help` lists what can be changed. This file reads
-from the top: data, model, the loop, evaluation, the report. The options are in heads/options.py, what can
-be frozen in minibert/freezing.py, the files of a run in heads/run_directory.py.
+from the top: the model, the loop, all of a run. Options are in heads/options.py, data in heads/sets.py,
+what can be frozen in minibert/freezing.py, the files of a run in heads/run_directory.py.
 """
 
 from __future__ import annotations
@@ -12,11 +12,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -27,26 +24,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from heads import MISSING, MLPHead, MultiTaskLoss, MultiTaskModel
-from heads.data import (
-    DEMO,
-    SPLITS,
-    DataError,
-    Example,
-    SentenceDataset,
-    dummy_examples,
-    epoch_batches,
-    fingerprint,
-    label_names,
-    read_examples,
-    stratified_split,
-)
+from heads.data import SPLITS, DataError, Example, SentenceDataset, epoch_batches, fingerprint, label_names
 from heads.evaluation import baseline, evaluate, evaluation_batches, score
 from heads.features import compute, fill, size_in_bytes
 from heads.multitask import SETTINGS
 from heads.options import Options, read_options
-from heads.processes import FirstFailedError, Processes
+from heads.processes import FirstFailedError, Processes, catching_interrupts
 from heads.report import Bar, print_epoch, print_results, write_report
 from heads.run_directory import RunDirectory
+from heads.sets import read_sets
 from heads.training_state import Progress, collect, restore
 from minibert import BertModel, Tokenizer
 from minibert.freezing import FreezePlan, set_groups
@@ -59,51 +45,6 @@ EXAMPLES = (
     "The stock market is crashing badly!",
     "I'm so happy about my promotion!",
 )
-
-# ------------------------------------------------------------------------------------------------- data
-
-
-def read_sets(options: Options) -> tuple[dict[str, list[Example]], list[str]]:
-    """The examples of train, validation and test, and the names of the tasks."""
-    tasks = options.pairs("task")
-    if options.train or options.validation or options.test:
-        sets = {name: read_files(options, name, tasks) for name in SPLITS}
-    elif options.data == "demo":
-        tasks = {"type": "type", "sentiment": "sentiment"}
-        sets = {"train": read_examples(DEMO, "text", tasks, split="split")}
-    else:
-        labels = {"type": ("question", "news", "statement"), "sentiment": ("negative", "neutral", "positive")}
-        tasks = {name: name for name in labels}
-        sets = {"train": dummy_examples(400, labels, options.seed)}
-    whole = sets["train"]
-    for name in ("validation", "test"):
-        marked = [example for example in whole if example.split == name]
-        if marked and sets.get(name):
-            raise DataError(f"{marked[0].where} is marked {name}, but --{name} is given too: use one of them")
-        sets[name] = marked or sets.get(name, [])
-    sets["train"] = [example for example in whole if example.split in ("", "train")]
-    if sets["train"] and not sets["validation"]:
-        sets["train"], sets["validation"] = stratified_split(
-            sets["train"], options.validation_fraction, options.seed
-        )
-    return {name: examples for name, examples in sets.items() if examples}, list(tasks)
-
-
-def read_files(options: Options, name: str, tasks: dict[str, str]) -> list[Example]:
-    """One set from its files: FILE holds all tasks, TASK=FILE one."""
-    examples = []
-    for source, given in enumerate(getattr(options, name)):
-        task, equals, path = given.partition("=")
-        if not equals or Path(given).exists():
-            path, columns = given, tasks
-        elif task in tasks:
-            columns = {task: tasks[task]}
-        else:
-            raise DataError(f"--{name} {given}: there is no task {task!r}, --task names {', '.join(tasks)}")
-        split = options.split if name == "train" else None
-        examples += read_examples(path, options.text, columns, split=split, source=source)
-    return examples
-
 
 # ------------------------------------------------------------------------------------------------ model
 
@@ -340,25 +281,6 @@ def check_weights(step: TrainingStep, progress: Progress) -> None:
                 f"step {progress.step}: {name.removeprefix('model.')} is not finite: stopped, best/ and last/ "
                 "are as last saved; try a smaller --lr"
             )
-
-
-@contextmanager
-def catching_interrupts() -> Iterator[list[int]]:
-    """A list that is no longer empty after Ctrl-C or SIGTERM. The same signal again acts at once."""
-    caught: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        caught.append(number)
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {}
-    for stop in (signal.SIGINT, signal.SIGTERM):  # torchrun passes Ctrl-C on as both
-        before[stop] = signal.signal(stop, note)
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------- all of a run

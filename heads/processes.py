@@ -1,7 +1,9 @@
 """Training in several processes that torchrun started; one process is the same with nothing to exchange."""
 
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -128,3 +130,22 @@ class Processes:
         """Leaves the group."""
         if self.count > 1:
             dist.destroy_process_group()
+
+
+@contextmanager
+def catching_interrupts() -> Iterator[list[int]]:
+    """A list that is no longer empty after Ctrl-C or SIGTERM. The same signal again acts at once."""
+    caught: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {}
+    for stop in (signal.SIGINT, signal.SIGTERM):  # torchrun passes Ctrl-C on as both
+        before[stop] = signal.signal(stop, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,50 @@
+"""Which sentences a run trains on, validates on and tests on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from heads.data import DEMO, SPLITS, DataError, Example, dummy_examples, read_examples, stratified_split
+from heads.options import Options
+
+
+def read_sets(options: Options) -> tuple[dict[str, list[Example]], list[str]]:
+    """The examples of train, validation and test, and the names of the tasks."""
+    tasks = options.pairs("task")
+    if options.train or options.validation or options.test:
+        sets = {name: read_files(options, name, tasks) for name in SPLITS}
+    elif options.data == "demo":
+        tasks = {"type": "type", "sentiment": "sentiment"}
+        sets = {"train": read_examples(DEMO, "text", tasks, split="split")}
+    else:
+        labels = {"type": ("question", "news", "statement"), "sentiment": ("negative", "neutral", "positive")}
+        tasks = {name: name for name in labels}
+        sets = {"train": dummy_examples(400, labels, options.seed)}
+    whole = sets["train"]
+    for name in ("validation", "test"):
+        marked = [example for example in whole if example.split == name]
+        if marked and sets.get(name):
+            raise DataError(f"{marked[0].where} is marked {name}, but --{name} is given too: use one of them")
+        sets[name] = marked or sets.get(name, [])
+    sets["train"] = [example for example in whole if example.split in ("", "train")]
+    if sets["train"] and not sets["validation"]:
+        sets["train"], sets["validation"] = stratified_split(
+            sets["train"], options.validation_fraction, options.seed
+        )
+    return {name: examples for name, examples in sets.items() if examples}, list(tasks)
+
+
+def read_files(options: Options, name: str, tasks: dict[str, str]) -> list[Example]:
+    """One set from its files: FILE holds all tasks, TASK=FILE one."""
+    examples = []
+    for source, given in enumerate(getattr(options, name)):
+        task, equals, path = given.partition("=")
+        if not equals or Path(given).exists():
+            path, columns = given, tasks
+        elif task in tasks:
+            columns = {task: tasks[task]}
+        else:
+            raise DataError(f"--{name} {given}: there is no task {task!r}, --task names {', '.join(tasks)}")
+        split = options.split if name == "train" else None
+        examples += read_examples(path, options.text, columns, split=split, source=source)
+    return examples
