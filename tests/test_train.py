@@ -71,7 +71,7 @@ def table(path: Path, rows: list[tuple[str, ...]]) -> Path:
 # --------------------------------------------------------------------------------------------- the main job
 
 
-@pytest.mark.parametrize("freeze", ["none", "backbone"])
+@pytest.mark.parametrize("freeze", [pytest.param("none", marks=pytest.mark.slow), "backbone"])
 def test_the_demo_is_learned_from_real_weights(
     tmp_path: Path, freeze: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -397,7 +397,9 @@ def test_weights_that_are_not_finite_are_never_saved(
         "--freeze gradual --patience 2 --epochs 4",
     ],
 )
-@pytest.mark.parametrize("stop", [1, 8, 13])
+@pytest.mark.parametrize(
+    "stop", [8, pytest.param(1, marks=pytest.mark.slow), pytest.param(13, marks=pytest.mark.slow)]
+)
 def test_resuming_is_exact(main: Main, monkeypatch: pytest.MonkeyPatch, options: str, stop: int) -> None:
     """Ctrl-C in a step: it is finished and saved; resumed, every file is as if nothing had happened."""
     whole = main("whole", options)
@@ -418,6 +420,7 @@ def test_resuming_is_exact(main: Main, monkeypatch: pytest.MonkeyPatch, options:
     assert_same_run(whole, part)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["at once", "before the first save", "between saves", "while saving"])
 def test_a_kill_loses_no_more_than_since_the_last_save(
     main: Main, small: Path, tmp_path: Path, when: str
@@ -618,6 +621,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
     MultiTaskModel.from_pretrained(run / "best")
 
 
+@pytest.mark.slow
 def test_a_progress_bar_on_a_terminal_only(small: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
