@@ -453,6 +453,10 @@ train.main(command.split())
 """
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
+    RunDirectory(tmp_path / "part").recover()
+    saved = tmp_path / "part" / "last" / "training.json"
+    step = json.loads(saved.read_text())["step"] if saved.exists() else 0
+    assert step == {"at once": 0, "before the first save": 0, "between saves": 10, "while saving": 5}[when]
     assert train.main(["--output", str(tmp_path / "part"), "--resume"]) == 0
     assert_same_run(whole, tmp_path / "part")
     assert not list((tmp_path / "part").glob(".*"))
