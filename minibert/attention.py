@@ -67,14 +67,16 @@ class SelfAttention(nn.Module):
         self, hidden: Tensor, mask: Tensor | None, attend: AttentionFunction
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, H) -> (B, T, H), and the attention weights if `attend` forms them."""
-        query = self.split_heads(self.query(hidden))  # (B, N, T, D)
-        key = self.split_heads(self.key(hidden))  # (B, N, T, D)
-        value = self.split_heads(self.value(hidden))  # (B, N, T, D)
+        query, key, value = map(self.split_heads, self.project(hidden))  # (B, N, T, D)
         dropout_p = self.weights_dropout_p if self.training else 0.0
         context, weights = attend(query, key, value, mask, dropout_p)  # (B, N, T, D)
-        context = context.transpose(1, 2).flatten(2)  # (B, T, H)
+        context = context.transpose(-3, -2).flatten(-2)  # (B, T, H)
         return self.dropout(self.output(context)), weights
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, H) -> query, key and value of all heads, (B, T, H) each."""
+        return self.query(hidden), self.key(hidden), self.value(hidden)
 
     def split_heads(self, hidden: Tensor) -> Tensor:
         """(B, T, H) -> (B, N, T, D)."""
-        return hidden.view(*hidden.shape[:-1], -1, self.head_size).transpose(1, 2)
+        return hidden.view(*hidden.shape[:-1], -1, self.head_size).transpose(-3, -2)

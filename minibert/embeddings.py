@@ -34,13 +34,16 @@ class Embeddings(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """(B, T) ids -> (B, T, H). Without `token_type_ids` every token is of type 0."""
-        positions = torch.arange(input_ids.shape[-1], device=input_ids.device)  # (T,)
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """(B, T) ids -> (B, T, H). Types are 0 and positions 0, 1, 2, ... unless given."""
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[-1], device=input_ids.device)  # (T,)
         hidden = self.word(input_ids)  # (B, T, H)
         # Token type before position: the other order rounds differently from the published model.
         if self.token_type is not None:
             types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
             hidden = hidden + self.token_type(types)  # (B, T, H)
-        hidden = hidden + self.position(positions)  # (B, T, H)
+        hidden = hidden + self.position(position_ids)  # (B, T, H)
         return self.dropout(self.norm(hidden))  # type: ignore[no-any-return]

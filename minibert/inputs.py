@@ -15,12 +15,7 @@ def check_inputs(
         raise ValueError(
             f"input_ids has shape {tuple(input_ids.shape)}, it must be (batch, tokens) and not empty"
         )
-    _check_range("input_ids", input_ids, config.vocab_size, "vocab_size")
-    if input_ids.shape[1] > config.max_position_embeddings:
-        raise ValueError(
-            f"input_ids is {input_ids.shape[1]} tokens long, this model has positions for "
-            f"{config.max_position_embeddings} (max_position_embeddings): truncate it"
-        )
+    check_ids(config, input_ids, longest=input_ids.shape[1])
     if attention_mask is not None:
         check_mask(attention_mask, input_ids.shape)
     if token_type_ids is not None:
@@ -29,6 +24,16 @@ def check_inputs(
         _check_integers("token_type_ids", token_type_ids)
         _check_shape("token_type_ids", token_type_ids, input_ids.shape)
         _check_range("token_type_ids", token_type_ids, config.type_vocab_size, "type_vocab_size")
+
+
+def check_ids(config: BertConfig, input_ids: Tensor, longest: int) -> None:
+    """Raises ValueError unless the model has a vector for each id, and positions for the longest text."""
+    _check_range("input_ids", input_ids, config.vocab_size, "vocab_size")
+    if longest > config.max_position_embeddings:
+        raise ValueError(
+            f"input_ids is {longest} tokens long, this model has positions for "
+            f"{config.max_position_embeddings} (max_position_embeddings): truncate it"
+        )
 
 
 def _check_integers(name: str, ids: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minibert.attention import ATTENTION_FUNCTIONS, expand_mask
+from minibert.attention import ATTENTION_FUNCTIONS, AttentionFunction, expand_mask
 from minibert.config import BertConfig
 from minibert.embeddings import Embeddings
 from minibert.inputs import check_inputs
@@ -94,14 +94,19 @@ class BertModel(nn.Module):
         )
 
     def run_layers(
-        self, hidden: Tensor, attention_mask: Tensor | None, start: int = 0, stop: int | None = None
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        start: int = 0,
+        stop: int | None = None,
+        attend: AttentionFunction | None = None,
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Layer by layer from `start` up to, not including, `stop`: its output and attention weights.
 
         `hidden` (B, T, H) is the output of the layer below `start`, of the embeddings for 0. Yields
-        (B, T, H), and (B, N, T, T) or None.
+        (B, T, H), and (B, N, T, T) or None. `attend` takes the place of the model's own attention.
         """
-        attend = ATTENTION_FUNCTIONS[self.attention]
+        attend = attend or ATTENTION_FUNCTIONS[self.attention]
         mask = expand_mask(attention_mask)  # (B, 1, T, T) or None
         for layer in self.layers[start:stop]:
             hidden, weights = layer(hidden, mask, attend)

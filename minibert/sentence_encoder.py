@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, SupportsIndex, overload
 
@@ -11,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minibert.fast_inference import fast_copy, run
 from minibert.model import BertModel
+from minibert.packing import PackedBatch
 from minibert.pooling import cls_pooling, mean_pooling
 from minibert.sentence_transformers_files import module_files, read_modules
-from minibert.tokenizer import Tokenizer, as_list, pad
+from minibert.tokenizer import Tokenizer, as_iterable
 from weights import resolve, save_checkpoint
 
 if TYPE_CHECKING:
@@ -22,14 +26,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 POOLINGS = {"mean": mean_pooling, "cls": cls_pooling}
-DEFAULT_BATCH_SIZE = 32
+TOKEN_BUDGET = {"cpu": 2048, "cuda": 32768}  # tokens per batch; measured, see docs/performance.md
+BLOCK = 4096  # sentences that are read, tokenized and sorted together
 
 
 class SentenceEncoder(nn.Module):
     """A BERT, its tokenizer and a pooling (Reimers & Gurevych 2019, section 3).
 
     `pooling` is "mean" or "cls"; `normalize_embeddings` whether `encode` scales each vector to
-    length 1 when it is not told. An `nn.Module`: `.to("cuda")`, and `forward` can be trained.
+    length 1 when it is not told; `dtype` what `encode` computes its Linears in, the weights' own if
+    None. An `nn.Module`: `.to("cuda")`, and `forward` can be trained.
     """
 
     def __init__(
@@ -39,6 +45,7 @@ class SentenceEncoder(nn.Module):
         *,
         pooling: str = "mean",
         normalize_embeddings: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if pooling not in POOLINGS:
@@ -47,6 +54,7 @@ class SentenceEncoder(nn.Module):
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.normalize_embeddings = normalize_embeddings
+        self.dtype = dtype
 
     @classmethod
     def from_pretrained(
@@ -58,6 +66,9 @@ class SentenceEncoder(nn.Module):
     ) -> Self:
         """From a model directory, a catalog name or `org/name`; arguments as `BertModel.from_pretrained`.
 
+        With dtype=torch.bfloat16 `encode` computes its Linears in bfloat16 and all else in float32;
+        `model` keeps the published weights.
+
         Pooling and normalisation are read from the directory's modules.json as
         sentence-transformers writes it; without one: mean, not normalised.
 
@@ -67,11 +78,13 @@ class SentenceEncoder(nn.Module):
         """
         directory = resolve(name_or_path)
         pooling, normalize = read_modules(directory)
+        in_encode_only = dtype == torch.bfloat16
         return cls(
-            BertModel.from_pretrained(directory, attention=attention, dtype=dtype),
+            BertModel.from_pretrained(directory, attention=attention, dtype=None if in_encode_only else dtype),
             Tokenizer.from_pretrained(directory),
             pooling=pooling,
             normalize_embeddings=normalize,
+            dtype=dtype if in_encode_only else None,
         )
 
     def forward(
@@ -111,13 +124,16 @@ class SentenceEncoder(nn.Module):
     ) -> NDArray[np.float32] | Tensor:
         """Embeds one sentence as (H,), several as (n, H) in the order given, none as (0, H).
 
+        A sentence's numbers are the same to the last bit whatever else is encoded with it (see
+        docs/performance.md), and within 1e-6 of `forward`, which pads.
+
         Args:
-            sentences: a string, or any iterable of strings.
-            batch_size: sentences per forward pass, 32 if None. Batches are cut from the sentences
-                sorted by length, so little is padded.
+            sentences: a string, or any iterable of strings, which is read block by block.
+            batch_size: sentences per forward pass; if None, as many as fill a budget of tokens.
+                Batches are cut from the sentences sorted by length, and nothing is padded.
             normalize_embeddings: scale each vector to length 1; as the checkpoint says if None.
             convert_to_tensor: return a tensor on the model's device instead of a numpy array.
-            show_progress_bar: None shows one on a terminal, if there is more than one batch.
+            show_progress_bar: None shows one on a terminal, after the first second.
 
         Returns:
             A float32 numpy array, or a tensor: float32, or float64 of a float64 model.
@@ -126,33 +142,70 @@ class SentenceEncoder(nn.Module):
             TypeError: not a string (which one is named).
             ValueError: a lone surrogate, or a batch_size below 1.
         """
-        if batch_size is not None and (not isinstance(batch_size, SupportsIndex) or batch_size < 1):
-            raise ValueError(f"batch_size is {batch_size!r}, it must be an integer from 1 up")
-        texts = as_list(sentences)
-        embeddings = self._embed(texts, batch_size or DEFAULT_BATCH_SIZE, show_progress_bar)  # (n, H)
-        if self.normalize_embeddings if normalize_embeddings is None else normalize_embeddings:
-            embeddings = F.normalize(embeddings, dim=1)
+        blocks = list(self.encode_blocks(sentences, batch_size, normalize_embeddings, show_progress_bar))
+        embeddings = self._empty(sum(map(len, blocks)))  # (n, H)
+        row = 0
+        while blocks:  # each is freed once it is copied
+            block = blocks.pop(0)
+            embeddings[row : row + len(block)] = block
+            row += len(block)
         result = embeddings[0] if isinstance(sentences, str) else embeddings
         return result if convert_to_tensor else result.float().cpu().numpy()
 
-    def _embed(self, texts: list[str], batch_size: int, show_progress_bar: bool | None) -> Tensor:
-        weight = self.model.embeddings.word.weight
-        ids = self.tokenizer.token_ids(texts)
-        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # stable; longest first
-        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        embeddings = torch.empty(
-            len(texts),
-            weight.shape[1],
-            dtype=torch.promote_types(weight.dtype, torch.float32),
-            device=weight.device,
-        )
-        with evaluating(self):
-            for batch in _progress(batches, show_progress_bar):
-                rows = [ids[i] for i in batch]
-                input_ids = pad(rows, self.tokenizer.pad_token_id).to(weight.device)  # (B, T)
-                mask = pad([[1] * len(row) for row in rows], 0).to(weight.device)  # (B, T)
-                embeddings[batch] = self(input_ids, mask)
+    def encode_blocks(
+        self,
+        sentences: str | Iterable[str],
+        batch_size: int | None = None,
+        normalize_embeddings: bool | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> Iterator[Tensor]:
+        """As `encode`, but yields (up to 4096, H) at a time, in order: for more than fits in memory.
+
+        Only one block of sentences is read ahead and held.
+        """
+        if batch_size is not None and (not isinstance(batch_size, SupportsIndex) or batch_size < 1):
+            raise ValueError(f"batch_size is {batch_size!r}, it must be an integer from 1 up")
+        texts = as_iterable(sentences)
+        normalize = self.normalize_embeddings if normalize_embeddings is None else normalize_embeddings
+        return self._encode_blocks(texts, batch_size, normalize, show_progress_bar)
+
+    def _encode_blocks(
+        self, texts: Iterable[str], batch_size: int | None, normalize: bool, show_progress_bar: bool | None
+    ) -> Iterator[Tensor]:
+        remaining, done, cut = iter(texts), 0, 0
+        finished: Tensor | None = None
+        total = len(texts) if isinstance(texts, Sized) else None
+        with _progress_bar(total, show_progress_bar) as progress:
+            while block := list(islice(remaining, BLOCK)):
+                # A GPU still computes the block before this one meanwhile.
+                ids, cut_here = self.tokenizer.token_ids_and_cuts(block, first=done)
+                if finished is not None:
+                    yield finished
+                finished = self._embed(ids, batch_size, progress)  # (block, H)
+                if normalize:
+                    finished = F.normalize(finished, dim=1)
+                done += len(block)
+                cut += cut_here
+        if finished is not None:
+            yield finished
+        self.tokenizer.warn_if_cut(cut, done)
+
+    def _embed(self, ids: list[list[int]], batch_size: int | None, progress: Callable[[int], object]) -> Tensor:
+        fast = fast_copy(self.model, self.dtype)
+        embeddings = self._empty(len(ids)).zero_()  # a text without any token stays zero
+        order = sorted((i for i, row in enumerate(ids) if row), key=lambda i: -len(ids[i]))
+        with torch.no_grad():
+            for batch in _cut(order, ids, batch_size, TOKEN_BUDGET[embeddings.device.type]):
+                packed = PackedBatch.from_rows([ids[i] for i in batch], fast.config, embeddings.device)
+                hidden = run(fast, packed)  # (tokens, H)
+                embeddings[batch] = packed.mean(hidden) if self.pooling == "mean" else packed.first(hidden)
+                progress(len(batch))
         return embeddings
+
+    def _empty(self, rows: int) -> Tensor:
+        weight = self.model.embeddings.word.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return torch.empty(rows, weight.shape[1], dtype=wide, device=weight.device)
 
     def save_pretrained(
         self, directory: str | Path, other_files: Mapping[str, bytes | Mapping[str, Tensor]] | None = None
@@ -191,11 +244,27 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def _progress(batches: list[list[int]], show: bool | None) -> Iterable[list[int]]:
-    if show is False or (show is None and len(batches) < 2):
-        return batches
+def _cut(order: list[int], ids: list[list[int]], batch_size: int | None, budget: int) -> Iterator[list[int]]:
+    """`order` in pieces of `batch_size` texts or, if that is None, of at most `budget` tokens or one text."""
+    batch: list[int] = []
+    tokens = 0
+    for i in order:
+        if batch and (len(batch) == batch_size or (batch_size is None and tokens + len(ids[i]) > budget)):
+            yield batch
+            batch, tokens = [], 0
+        batch.append(i)
+        tokens += len(ids[i])
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _progress_bar(total: int | None, show: bool | None) -> Iterator[Callable[[int], object]]:
+    """Gives what is to be called with a number of sentences when so many are done."""
+    if show is False or (show is None and not (sys.stderr and sys.stderr.isatty())):
+        yield lambda sentences: None
+        return
     from tqdm import tqdm
 
-    on_a_terminal_only = None if show is None else False
-    bar: Iterable[list[int]] = tqdm(batches, desc="encode", unit="batch", disable=on_a_terminal_only)
-    return bar
+    with tqdm(total=total, desc="encode", unit=" sentences", delay=0 if show else 1) as bar:
+        yield bar.update

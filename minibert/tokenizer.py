@@ -103,7 +103,8 @@ class Tokenizer:
         firsts = as_list(texts)
         if not firsts:
             raise ValueError("no texts to tokenize: the batch is empty")
-        rows = self._encode(firsts, None if text_pairs is None else as_list(text_pairs), max_length)
+        rows, cut = self._encode(firsts, None if text_pairs is None else as_list(text_pairs), max_length)
+        self.warn_if_cut(cut, len(rows), max_length)
         batch = {
             "input_ids": pad([row.ids for row in rows], self.pad_token_id),
             "attention_mask": pad([row.attention_mask for row in rows], 0),
@@ -114,12 +115,30 @@ class Tokenizer:
 
     def token_ids(self, texts: str | Sequence[str], *, max_length: int | None = None) -> list[list[int]]:
         """The ids of each text, cut but not padded. Raises as `__call__`, but takes an empty list."""
-        return [row.ids for row in self._encode(as_list(texts), None, max_length)]
+        ids, cut = self.token_ids_and_cuts(as_list(texts), max_length=max_length)
+        self.warn_if_cut(cut, len(ids), max_length)
+        return ids
+
+    def token_ids_and_cuts(
+        self, texts: list[str], *, first: int = 0, max_length: int | None = None
+    ) -> tuple[list[list[int]], int]:
+        """The ids of each text, and how many texts were cut, without a warning: for texts in blocks.
+
+        `first` is what the first of them is called in an error.
+        """
+        rows, cut = self._encode(texts, None, max_length, first)
+        return [row.ids for row in rows], cut
+
+    def warn_if_cut(self, cut: int, texts: int, max_length: int | None = None) -> None:
+        """One warning for all the texts that were too long."""
+        if cut:
+            limit = self.max_length if max_length is None else max_length
+            warnings.warn(f"{cut} of {texts} texts cut to {limit} tokens", stacklevel=3)
 
     def _encode(
-        self, texts: list[str], pairs: list[str] | None, max_length: int | None
-    ) -> list[tokenizers.Encoding]:
-        check_texts(texts)
+        self, texts: list[str], pairs: list[str] | None, max_length: int | None, first: int = 0
+    ) -> tuple[list[tokenizers.Encoding], int]:
+        check_texts(texts, first)
         inputs: list[Any] = texts
         if pairs is not None:
             check_texts(pairs)
@@ -138,9 +157,7 @@ class Tokenizer:
                 rows = self.backend.encode_batch_fast(inputs)
             finally:
                 self.backend.no_truncation()
-        if cut := sum(bool(row.overflowing) for row in rows):
-            warnings.warn(f"{cut} of {len(rows)} texts cut to {limit} tokens", stacklevel=3)
-        return rows
+        return rows, sum(bool(row.overflowing) for row in rows)
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json as transformers reads them, by name."""
@@ -172,14 +189,19 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 
 def as_list(texts: str | Iterable[str]) -> list[str]:
     """One text or several -> a list. Raises TypeError for what is neither."""
+    return list(as_iterable(texts))
+
+
+def as_iterable(texts: str | Iterable[str]) -> Iterable[str]:
+    """One text -> a list of it; several as they are. Raises TypeError for what is neither."""
     if isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable):
         raise TypeError(f"the texts are {type(texts).__name__}, they must be a string or several")
-    return [texts] if isinstance(texts, str) else list(texts)
+    return [texts] if isinstance(texts, str) else texts
 
 
-def check_texts(texts: Sequence[object]) -> None:
-    """Raises TypeError or ValueError, naming the index, unless every item is valid Unicode text."""
-    for index, text in enumerate(texts):
+def check_texts(texts: Sequence[object], first: int = 0) -> None:
+    """Raises TypeError or ValueError, naming the index (from `first`), unless all are valid Unicode text."""
+    for index, text in enumerate(texts, start=first):
         if not isinstance(text, str):
             raise TypeError(f"text {index} is {type(text).__name__} ({text!r:.60}), it must be a string")
         try:

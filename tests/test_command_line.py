@@ -96,7 +96,7 @@ def test_long_input_is_shown_in_part(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_progress_bar_on_a_terminal_only(tmp_path: Path) -> None:
-    (tmp_path / "in.txt").write_text("a sentence\n" * 100)
+    (tmp_path / "in.txt").write_text("a sentence\n" * 6000)  # more than the second before it is shown
     command = [sys.executable, "-m", "minibert", "encode", *MODEL, str(tmp_path / "in.txt")]
     piped = subprocess.run(command, capture_output=True, check=True)
     assert piped.stderr == b""
@@ -107,7 +107,8 @@ def test_progress_bar_on_a_terminal_only(tmp_path: Path) -> None:
     shown = os.read(terminal, 65536)
     os.close(terminal)
     assert b"encode:" in shown
-    assert b"4/4" in shown
+    assert b"6000/6000" in shown
+    assert b" sentences/s" in shown
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer
+from minibert.fast_inference import fast_copy
 from weights import CheckpointError
 
 WORDS = [
@@ -75,17 +76,17 @@ def test_shapes_and_types(encoder: SentenceEncoder) -> None:
 def test_order_is_kept_whatever_the_batches(encoder: SentenceEncoder, batch_size: int | None) -> None:
     texts = sentences(23)
     alone = np.stack([encoder.encode(text) for text in texts])
-    np.testing.assert_allclose(encoder.encode(texts, batch_size), alone, atol=5e-7)
+    np.testing.assert_array_equal(encoder.encode(texts, batch_size), alone)
 
 
 def test_batches_are_cut_from_the_sorted_sentences(encoder: SentenceEncoder) -> None:
-    shapes = []
-    hook = encoder.model.register_forward_pre_hook(
-        lambda _, arguments: shapes.append(tuple(arguments[0].shape))
-    )
+    tokens = []
+    first = fast_copy(encoder.model).embeddings
+    hook = first.register_forward_pre_hook(lambda _, arguments: tokens.append(len(arguments[0])))
     encoder.encode(["a", "a b c d", "a b", "a b c", "a b c d e"], batch_size=2)
+    encoder.encode(["a", "a b c d", "a b", "a b c", "a b c d e"])
     hook.remove()
-    assert shapes == [(2, 7), (2, 5), (1, 3)]
+    assert tokens == [7 + 6, 5 + 4, 3, 25]  # longest first, and nothing is padded
 
 
 def test_cut_sentences_are_said(tiny_encoder: SentenceEncoder) -> None:
@@ -139,7 +140,7 @@ def test_forward_is_what_encode_gives(encoder: SentenceEncoder) -> None:
     with torch.no_grad():
         pooled = encoder(**encoder.tokenizer(["the sky is blue"]))
     expected = encoder.encode(["the sky is blue"], normalize_embeddings=False, convert_to_tensor=True)
-    assert torch.equal(pooled, expected)
+    assert (pooled - expected).norm() < 1e-6 * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -171,7 +172,7 @@ def test_saved_encoder_loads_everywhere(minilm: Path, tmp_path: Path, pooling: s
 
     theirs = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     assert theirs.max_seq_length == 256
-    np.testing.assert_allclose(theirs.encode(texts), expected, atol=5e-7)
+    np.testing.assert_allclose(theirs.encode(texts), expected, atol=5e-7 * float(np.linalg.norm(expected[0])))
 
     assert not any(AutoModel.from_pretrained(tmp_path / "saved", output_loading_info=True)[1].values())
     ids = AutoTokenizer.from_pretrained(tmp_path / "saved")(texts)["input_ids"]

@@ -5,10 +5,11 @@ is copied until it is used and training never touches the file.
 Format: 8 bytes little-endian header length, a JSON header, then the raw tensors.
 """
 
+import ctypes
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,7 @@ from weights.json_files import CheckpointError, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MADV_PAGEOUT = 21  # <linux/mman.h>; unlike MADV_DONTNEED it never loses what was written to a page
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "model.ckpt.index")
 
 
@@ -80,6 +82,27 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} {_what_it_is(path)} ({error}): fetch it again") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def release_memory(tensors: Iterable[Tensor]) -> None:
+    """Gives back the memory of tensors that are mapped from a file; what is used again is read again.
+
+    For weights of which another copy was made. On Linux; elsewhere, and for other tensors, nothing.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return
+    mapped = []
+    for line in maps.read_text().splitlines():
+        addresses, *_, last = line.split(maxsplit=5)
+        if last.startswith("/") and last.endswith(".safetensors"):
+            mapped.append(tuple(int(address, 16) for address in addresses.split("-")))
+    page, libc = os.sysconf("SC_PAGE_SIZE"), ctypes.CDLL(None)
+    for tensor in tensors:
+        start = -(-tensor.data_ptr() // page) * page
+        end = (tensor.data_ptr() + tensor.nbytes) // page * page
+        if any(low <= start < end <= high for low, high in mapped):
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
 
 
 def _what_it_is(path: Path) -> str:

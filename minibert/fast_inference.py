@@ -1,0 +1,144 @@
+"""The encoder made fast for inference: the same embeddings and layers, other Linears, no padding.
+
+`hidden_states` runs a model's fast copy on a packed batch. The copy shares the model's embeddings
+and LayerNorms; its Linears hold their weights in the layout that oneDNN multiplies fastest, query, key
+and value as one product and GELU inside the up-projection. docs/performance.md has the measurements.
+"""
+
+import copy
+import platform
+from typing import cast
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minibert.attention import SelfAttention
+from minibert.layers import ACTIVATIONS, EncoderLayer
+from minibert.model import BertModel
+from minibert.packing import PackedBatch
+from weights.safetensors_files import release_memory
+
+FUSED_ACTIVATIONS = ("gelu", "relu")  # those that oneDNN computes in the product, under its own names
+
+
+def uses_onednn(weight: Tensor) -> bool:
+    """Whether products with this weight go through oneDNN: on x86 CPUs, in float32 and bfloat16.
+
+    By the kind of CPU and not by a trial run, which could turn out differently the next time and
+    with it the last bits. On x86 oneDNN is faster than MKL where that is slow (AMD) and as fast
+    where it is not. On ARM torch has other kernels.
+    """
+    return (
+        weight.device.type == "cpu"
+        and platform.machine() in ("x86_64", "AMD64")
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and (
+            weight.dtype == torch.float32
+            or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        )
+    )
+
+
+class FusedLinear(nn.Linear):
+    """Linears of one input as one product, and the activation after it; for inference only.
+
+    (tokens, in) -> (tokens, sum of their outs), in `dtype` or the weights' own.
+    """
+
+    def __init__(
+        self, *linears: nn.Linear, activation: str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        nn.Module.__init__(self)  # Linear's own would make weights that are not wanted
+        weights = [linear.weight.detach().to(dtype) for linear in linears]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)  # (out, in)
+        self.out_features, self.in_features = weight.shape
+        self.activation = activation
+        self.dtype = weight.dtype
+        self.packed = uses_onednn(weight)
+        if self.packed:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        bias = torch.cat([linear.bias.detach() for linear in linears]).to(dtype)  # (out,)
+        self.weight, self.bias = (nn.Parameter(each, requires_grad=False) for each in (weight, bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype)
+        if not self.packed:
+            product = F.linear(x, self.weight, self.bias)
+            return ACTIVATIONS[self.activation](product) if self.activation else product
+        if len(x) == 1:  # oneDNN sums a single row in another order than one of several
+            return self(x.expand(2, -1))[:1]  # type: ignore[no-any-return]
+        # The public torch.utils.mkldnn copies input and output, and cannot fuse the activation.
+        return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
+            x, self.weight, self.bias, self.activation or "none", [], "none"
+        )
+
+
+class FusedAttention(SelfAttention):
+    """Self-attention whose query, key and value are one product."""
+
+    def __init__(self, attention: SelfAttention, dtype: torch.dtype | None) -> None:
+        nn.Module.__init__(self)  # SelfAttention's own would make weights that are not wanted
+        self.head_size = attention.head_size
+        self.weights_dropout_p = attention.weights_dropout_p
+        self.query_key_value = FusedLinear(attention.query, attention.key, attention.value, dtype=dtype)
+        self.output = FusedLinear(attention.output, dtype=dtype)
+        self.dropout = attention.dropout
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(tokens, H) -> query, key and value of all heads, (tokens, H) each."""
+        states = self.query_key_value(hidden)  # (tokens, 3 H)
+        if not states.is_cuda:
+            states = states.to(hidden.dtype)  # on the CPU attention is slower in bfloat16 than in float32
+        query, key, value = states.chunk(3, dim=-1)
+        return query, key, value
+
+
+def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> BertModel:
+    """The model as `run` wants it. It shares all weights but the Linears', and is made anew when they change.
+
+    `dtype` is what the Linears compute in (the weights' own if None); all else stays as in the model.
+    """
+    state = (dtype, *((id(p), p._version, p.data_ptr()) for p in model.parameters()))
+    if model not in _COPIES or _COPIES[model][0] != state:
+        _COPIES.pop(model, None)  # before its successor takes as much memory
+        _COPIES[model] = (state, _make_copy(model, dtype))
+    return _COPIES[model][1]
+
+
+_COPIES: WeakKeyDictionary[BertModel, tuple[object, BertModel]] = WeakKeyDictionary()
+
+
+def _make_copy(model: BertModel, dtype: torch.dtype | None) -> BertModel:
+    fast = copy.deepcopy(model, memo={id(weight): weight for weight in model.parameters()})
+    for layer in fast.layers:
+        used = list(layer.parameters())
+        _fuse_layer(cast(EncoderLayer, layer), model.config.hidden_act, dtype)
+        release_memory(used)
+    return fast.eval()
+
+
+def _fuse_layer(layer: EncoderLayer, hidden_act: str, dtype: torch.dtype | None) -> None:
+    attention, feed_forward = layer.attention, layer.feed_forward
+    if _are_plain(attention.query, attention.key, attention.value, attention.output):
+        layer.attention = FusedAttention(attention, dtype)
+    if _are_plain(feed_forward.up, feed_forward.down):
+        fused = hidden_act if hidden_act in FUSED_ACTIVATIONS else None
+        layer.feed_forward.up = FusedLinear(feed_forward.up, activation=fused, dtype=dtype)
+        layer.feed_forward.down = FusedLinear(feed_forward.down, dtype=dtype)
+        if fused:
+            layer.feed_forward.activation = nn.Identity()
+
+
+def _are_plain(*modules: nn.Module) -> bool:
+    """False for what somebody put in a Linear's place, such as an adapter: it is called, not fused."""
+    return all(type(module) is nn.Linear for module in modules)
+
+
+def run(fast: BertModel, batch: PackedBatch) -> Tensor:
+    """The last hidden state of every token: (tokens, H)."""
+    hidden: Tensor = fast.embeddings(batch.input_ids, None, batch.position_ids)  # (tokens, H)
+    for output, _ in fast.run_layers(hidden, None, attend=batch.attend):
+        hidden = output
+    return hidden

@@ -1,0 +1,84 @@
+"""Batches without padding: the tokens of all texts one after the other, (tokens, H).
+
+Embeddings, Linears and LayerNorms treat each token alone, so they need not know. Attention and pooling
+must know which tokens belong together. Texts of equal length lie side by side, a run: each run is an
+ordinary batch (texts, length), and a text's numbers do not depend on how many others are in it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minibert.config import BertConfig
+from minibert.inputs import check_ids
+
+ALIGNMENT = 64  # bytes; the last bits of MKL's products depend on where in a cache line a row begins
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """`input_ids` and `position_ids`, (tokens,); `runs`: (texts, length of each), in order."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    runs: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def from_rows(
+        cls, rows: Sequence[Sequence[int]], config: BertConfig, device: torch.device | None = None
+    ) -> Self:
+        """From the ids of each text, at least one each; texts of equal length must be neighbours.
+
+        Raises:
+            ValueError: an id outside the vocabulary, or a text longer than the model has positions for.
+        """
+        runs = tuple((len(list(run)), length) for length, run in groupby(map(len, rows)))
+        ids = torch.tensor([token for row in rows for token in row])  # (tokens,)
+        check_ids(config, ids, longest=max(length for _, length in runs))
+        positions = torch.cat([torch.arange(length).repeat(texts) for texts, length in runs])  # (tokens,)
+        return cls(ids.to(device), positions.to(device), runs)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(texts,): how many tokens each text has."""
+        texts, lengths = torch.tensor(self.runs, device=self.input_ids.device).unbind(1)
+        return lengths.repeat_interleave(texts)
+
+    def split(self, packed: Tensor) -> Iterator[Tensor]:
+        """The runs of a packed tensor: (tokens, ...) -> (texts, length, ...) for each."""
+        parts = torch.split(packed, [texts * length for texts, length in self.runs])
+        return (part.view(*run, *part.shape[1:]) for part, run in zip(parts, self.runs, strict=True))
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float
+    ) -> tuple[Tensor, None]:
+        """An `AttentionFunction` in which a text sees only itself: (N, tokens, D) -> (N, tokens, D)."""
+        head_size = query.shape[-1]
+        states = [query, key, value]
+        if filling := -head_size % (ALIGNMENT // query.element_size()):  # 0 in every published model
+            states = [F.pad(state, (0, filling)) for state in states]
+        contexts = []
+        for run in zip(*(self.split(state.transpose(0, 1)) for state in states), strict=True):
+            q, k, v = (state.transpose(1, 2) for state in run)  # (texts, N, length, D)
+            context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=head_size**-0.5)
+            contexts.append(context.transpose(1, 2).flatten(0, 1))  # (texts * length, N, D)
+        context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)  # (tokens, N, D)
+        return context[..., :head_size].transpose(0, 1), None
+
+    def mean(self, hidden: Tensor) -> Tensor:
+        """(tokens, H) -> the mean of each text's tokens, (texts, H), float32 or wider."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        if hidden.is_cuda:  # one kernel for all runs
+            return torch.segment_reduce(hidden.to(wide), "mean", lengths=self.lengths)
+        return torch.cat([run.sum(1, dtype=wide) / run.shape[1] for run in self.split(hidden)])
+
+    def first(self, hidden: Tensor) -> Tensor:
+        """(tokens, H) -> each text's first token, [CLS], (texts, H), float32 or wider."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return hidden[self.lengths.cumsum(0) - self.lengths].to(wide)

@@ -1,0 +1,257 @@
+"""The fast path of `encode`: the reference's numbers to 1e-6, and the same bits whatever is in the batch."""
+
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer, fast_inference, sentence_encoder
+from minibert.fast_inference import FusedLinear, fast_copy, run, uses_onednn
+from minibert.packing import PackedBatch
+
+WORDS = (
+    "the quick brown fox jumps over a lazy dog while unbelievable antidisestablishmentarianism 42 é !".split()
+)
+needs_onednn = pytest.mark.skipif(
+    not uses_onednn(torch.zeros(1)), reason="the promise is made for oneDNN's products"
+)
+
+
+def text(words: int, seed: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=words))
+
+
+def varied_texts(count: int, seed: int = 0) -> list[str]:
+    """Lengths from the empty text to longer than 512 tokens, most of them short, as text is."""
+    rng = random.Random(seed)
+    lengths = [min(int(rng.lognormvariate(2.7, 1.1)), 600) for _ in range(count - 4)]
+    return [text(length, seed + i) for i, length in enumerate([0, 1, 600, 300, *lengths])]
+
+
+def reference(encoder: SentenceEncoder, texts: list[str]) -> Tensor:
+    """`forward`, padded, 32 at a time."""
+    ids = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    embeddings = torch.empty(len(texts), encoder.model.config.hidden_size)
+    with torch.no_grad():
+        for start in range(0, len(ids), 32):
+            rows = ids[start : start + 32]
+            embeddings[rows] = encoder(**encoder.tokenizer([texts[i] for i in rows]))
+    return embeddings
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference of a component, relative to the embedding's norm."""
+    return float(((ours - theirs).abs().amax(dim=1) / theirs.norm(dim=1)).max())
+
+
+# ------------------------------------------------------------------------------------------ faithful
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*texts cut to 512 tokens")
+def test_two_thousand_texts_agree_with_the_reference(minilm: Path) -> None:
+    encoder = SentenceEncoder.from_pretrained(minilm)
+    encoder.tokenizer.max_length = 512
+    texts = varied_texts(2000)
+    lengths = {len(row) for row in encoder.tokenizer.token_ids(texts)}
+    assert {2, 512} < lengths
+    fast = encoder.encode(texts, normalize_embeddings=False, convert_to_tensor=True)
+    padded = reference(encoder, texts)
+    assert relative(fast, padded) < 1e-6
+    # Both are rounded: measured from float64, the fast path strays hardly further than the reference.
+    wide = SentenceEncoder.from_pretrained(minilm, dtype=torch.float64)
+    wide.tokenizer.max_length = 512
+    exact = wide.encode(texts[:300], normalize_embeddings=False, convert_to_tensor=True)
+    ours, theirs = ((each[:300] - exact).norm(dim=1) / exact.norm(dim=1) for each in (fast, padded))
+    assert ours.max() < 2 * theirs.max()
+
+
+@pytest.mark.parametrize("hidden_act", ["gelu", "relu", "gelu_new", "silu"])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_every_kind_of_model_agrees_with_the_reference(minilm: Path, hidden_act: str, pooling: str) -> None:
+    torch.manual_seed(1)
+    config = BertConfig(
+        model_type="distilbert" if pooling == "cls" else "bert",
+        type_vocab_size=0 if pooling == "cls" else 2,
+        hidden_act=hidden_act,
+        hidden_size=39,
+        num_attention_heads=3,
+        num_hidden_layers=2,
+        intermediate_size=37,
+        initializer_range=0.2,
+    )
+    model = BertModel(config, add_pooling_layer=False).eval()
+    tokenizer = Tokenizer(Tokenizer.from_pretrained(minilm).backend, token_types=config.type_vocab_size > 0)
+    encoder = SentenceEncoder(model, tokenizer, pooling=pooling)
+    texts = [text(words, words) for words in range(30)]
+    assert relative(encoder.encode(texts, convert_to_tensor=True), reference(encoder, texts)) < 1e-6
+
+
+@pytest.mark.parametrize("encoder", ["odd"], indirect=True)
+def test_without_onednn_the_numbers_are_the_same(
+    encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [text(words, words) for words in range(20)]
+    with_it = encoder.encode(texts, convert_to_tensor=True)
+    monkeypatch.setattr(fast_inference, "uses_onednn", lambda weight: False)
+    fast_inference._COPIES.clear()
+    assert not fast_copy(encoder.model).layers[0].attention.output.packed  # type: ignore[union-attr]
+    assert relative(encoder.encode(texts, convert_to_tensor=True), with_it) < 1e-6
+    assert relative(encoder.encode(texts, convert_to_tensor=True), reference(encoder, texts)) < 1e-6
+    fast_inference._COPIES.clear()
+
+
+@pytest.mark.filterwarnings("ignore:.*texts cut to 256 tokens")
+def test_bfloat16_is_close(minilm: Path) -> None:
+    texts = varied_texts(150)
+    wide = SentenceEncoder.from_pretrained(minilm).encode(texts)
+    encoder = SentenceEncoder.from_pretrained(minilm, dtype=torch.bfloat16)
+    assert encoder.model.embeddings.word.weight.dtype == torch.float32  # the model itself is as published
+    assert (encoder.encode(texts) * wide).sum(1).min() > 0.9999
+
+
+# ------------------------------------------------------------------------------------ batch-invariant
+
+
+@pytest.fixture(scope="module", params=["MiniLM", "MiniLM bfloat16", "odd", "odd bfloat16"])
+def encoder(request: pytest.FixtureRequest, minilm: Path) -> SentenceEncoder:
+    name, _, dtype = request.param.partition(" ")
+    product = torch.bfloat16 if dtype else None
+    if name == "MiniLM":
+        return SentenceEncoder.from_pretrained(minilm, dtype=product)
+    torch.manual_seed(0)  # rows that begin anywhere in a cache line
+    config = BertConfig(
+        hidden_size=39, num_attention_heads=3, num_hidden_layers=2, intermediate_size=37, initializer_range=0.2
+    )
+    return SentenceEncoder(BertModel(config).eval(), Tokenizer.from_pretrained(minilm), dtype=product)
+
+
+@needs_onednn
+@pytest.mark.filterwarnings("ignore:.*texts cut to 256 tokens")
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(0, 40) | st.integers(0, 300), min_size=1, max_size=12),
+    batch_size=st.none() | st.integers(1, 13),
+    budget=st.integers(1, 3000),
+    threads=st.integers(1, 2),
+    seed=st.integers(0, 99),
+)
+def test_the_bits_do_not_depend_on_the_batch(
+    encoder: SentenceEncoder, lengths: list[int], batch_size: int | None, budget: int, threads: int, seed: int
+) -> None:
+    texts = [text(words, seed + i) for i, words in enumerate(lengths)]
+    alone = np.stack([encoder.encode(each) for each in texts])
+    before, available = dict(sentence_encoder.TOKEN_BUDGET), torch.get_num_threads()
+    try:
+        sentence_encoder.TOKEN_BUDGET["cpu"] = budget
+        torch.set_num_threads(threads)
+        together = encoder.encode(texts, batch_size)
+        reversed_ = encoder.encode(texts[::-1], batch_size)[::-1]
+    finally:
+        sentence_encoder.TOKEN_BUDGET.update(before)
+        torch.set_num_threads(available)
+    np.testing.assert_array_equal(together, alone)
+    np.testing.assert_array_equal(reversed_, alone)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inputs", "outputs"), [(384, 1152), (1536, 384), (39, 37), (37, 39)])
+def test_a_row_of_a_product_does_not_depend_on_the_others(
+    inputs: int, outputs: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    linear = FusedLinear(nn.Linear(inputs, outputs), activation="gelu", dtype=dtype)
+    x = torch.randn(300, inputs)
+    expected = linear(x)
+    for rows in (1, 2, 3, 7, 16, 17, 64, 255):
+        for start in (0, 1, 13):
+            assert torch.equal(linear(x[start : start + rows]), expected[start : start + rows])
+
+
+# ---------------------------------------------------------------------------------------- the pieces
+
+
+def test_fused_linear_is_its_linears_and_the_activation() -> None:
+    torch.manual_seed(0)
+    linears = [nn.Linear(7, 5).double(), nn.Linear(7, 3).double()]
+    x = torch.randn(11, 7, dtype=torch.float64)
+    expected = torch.cat([linear(x) for linear in linears], 1)
+    exact = 0.5 * expected * (1 + torch.erf(expected / math.sqrt(2)))
+    fused = FusedLinear(*(linear.float() for linear in linears), activation="gelu")
+    torch.testing.assert_close(fused(x.float()), exact.float(), atol=1e-6, rtol=1e-5)
+
+
+def test_the_copy_shares_what_it_does_not_pack(minilm: Path) -> None:
+    model = BertModel.from_pretrained(minilm)
+    fast = fast_copy(model)
+    assert fast is fast_copy(model)
+    assert fast.embeddings.word.weight is model.embeddings.word.weight
+    assert fast.layers[0].attention_norm.weight is model.layers[0].attention_norm.weight  # type: ignore[union-attr]
+    assert type(model.layers[0].attention.query) is nn.Linear  # type: ignore[union-attr]
+
+
+def changes() -> Iterator[tuple[str, object]]:
+    def in_place(model: BertModel) -> None:
+        with torch.no_grad():
+            model.get_parameter("layers.1.feed_forward.down.weight").mul_(1.5)
+
+    def a_step(model: BertModel) -> None:
+        model(torch.tensor([[5, 6, 7]])).last_hidden_state[..., 0].sum().backward()
+        torch.optim.Adam(model.parameters(), lr=0.1).step()
+
+    def new_data(model: BertModel) -> None:
+        weight = model.get_parameter("layers.0.attention.value.weight")
+        weight.data = weight.data * 1.5
+
+    def new_module(model: BertModel) -> None:
+        model.layers[0].attention.value = nn.Linear(36, 36)  # type: ignore[union-attr]
+
+    def adapter(model: BertModel) -> None:
+        old = model.layers[0].attention.value  # type: ignore[union-attr]
+        model.layers[0].attention.value = nn.Sequential(old, nn.Linear(36, 36))  # type: ignore[union-attr]
+
+    yield from {"in place": in_place, "step": a_step, "data": new_data, "module": new_module}.items()
+    yield "adapter", adapter
+
+
+@pytest.mark.parametrize("change", [change for _, change in changes()], ids=[name for name, _ in changes()])
+def test_changed_weights_are_seen(minilm: Path, change: object) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=36, num_attention_heads=3, num_hidden_layers=2, intermediate_size=37)
+    encoder = SentenceEncoder(BertModel(config).eval(), Tokenizer.from_pretrained(minilm))
+    texts = ["one text", "and another one"]
+    before = encoder.encode(texts, convert_to_tensor=True)
+    assert callable(change)
+    change(encoder.model)
+    after = encoder.encode(texts, convert_to_tensor=True)
+    assert relative(after, before) > 1e-3
+    assert relative(after, reference(encoder, texts)) < 1e-6
+
+
+def test_a_batch_says_what_is_wrong_with_it(tiny: Path) -> None:
+    config = BertConfig(vocab_size=10, max_position_embeddings=4)
+    with pytest.raises(ValueError, match=r"input_ids\[2\] is 10, it must be from 0 to 9"):
+        PackedBatch.from_rows([[1, 2], [10, 3]], config)
+    with pytest.raises(ValueError, match="input_ids is 5 tokens long, this model has positions for 4"):
+        PackedBatch.from_rows([[1] * 5], config)
+
+
+def test_packing_keeps_positions_and_order(minilm: Path) -> None:
+    model = BertModel.from_pretrained(minilm)
+    rows = [[101, 7592, 102], [101, 2088, 102], [101, 102]]
+    batch = PackedBatch.from_rows(rows, model.config)
+    assert batch.runs == ((2, 3), (1, 2))
+    assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert batch.lengths.tolist() == [3, 3, 2]
+    hidden = run(fast_copy(model), batch)
+    with torch.no_grad():
+        for row, ours in zip(rows, torch.split(hidden, [3, 3, 2]), strict=True):
+            torch.testing.assert_close(ours, model(torch.tensor([row])).last_hidden_state[0], atol=1e-5, rtol=0)
