@@ -1,4 +1,4 @@
-"""python -m minibert encode | fetch | convert | parity"""
+"""python -m minibert encode | merge | fetch | convert | parity"""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from weights.hub import verify
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from minibert.sentence_encoder import SentenceEncoder
 
 DEFAULT_MODEL = "bert-base-uncased"
 SHOWN = 10  # sentences whose numbers and cosines are printed
@@ -73,13 +75,29 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="write them to a .npy or .safetensors file"
     )
-    encode.add_argument("--batch-size", type=int, metavar="N", help="sentences per forward pass (default: 32)")
+    encode.add_argument(
+        "--batch-size", type=int, metavar="N", help="sentences per forward pass (default: what fills a budget)"
+    )
+    encode.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the Linears' products (default: as stored)"
+    )
+    encode.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     encode.add_argument(
         "--normalize",
         action=argparse.BooleanOptionalAction,
         help="scale each vector to length 1 (default: as the model says)",
     )
+    encode.add_argument("--resume", action="store_true", help="go on with a stopped run of FILE.npy")
+    encode.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="only part I of N, into FILE-0000I-of-0000N.npy (under torchrun: each process its own part)",
+    )
     encode.set_defaults(run=_encode)
+
+    merge = commands.add_parser("merge", help="join the shards of a .npy file, and check that all are there")
+    merge.add_argument("output", type=Path, metavar="FILE.npy", help="as it was given to `encode -o`")
+    merge.set_defaults(run=_merge)
 
     fetch = commands.add_parser("fetch", help="download a model once, or say where it lies")
     fetch.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help=model_help)
@@ -101,17 +119,72 @@ def _encode(arguments: argparse.Namespace) -> int:
     output: Path | None = arguments.output
     if output is not None:
         _check_output(output)
-    sentences = _read_sentences(arguments.sentences)
-    from minibert.sentence_encoder import SentenceEncoder
-
-    encoder = SentenceEncoder.from_pretrained(arguments.model)
-    embeddings = encoder.encode(sentences, arguments.batch_size, normalize_embeddings=arguments.normalize)
+    file = _text_file(arguments.sentences)
+    if file is not None and output is not None and output.suffix == ".npy" and file.is_file():
+        return _encode_file(arguments, file, output)
+    if arguments.resume or arguments.shard:
+        raise ValueError("--resume and --shard need a text file and -o FILE.npy")
+    sentences = list(_sentences(arguments.sentences, file))
+    embeddings = _load(arguments).encode(sentences, arguments.batch_size, arguments.normalize)
     if output is not None:
         _write_embeddings(output, embeddings)  # before anything is printed: the reader may have gone
-    _print_embeddings(sentences, embeddings)
+    _print_embeddings(sentences[:SHOWN], embeddings)
     if output is not None:
-        print(f"\nwrote {output}: {embeddings.shape[0]} x {embeddings.shape[1]} float32")
+        _print_written(output, embeddings)
     return 0
+
+
+def _encode_file(arguments: argparse.Namespace, file: Path, output: Path) -> int:
+    import numpy as np
+
+    from minibert.encode_file import Shard, encode_file
+    from minibert.text_lines import Lines
+
+    shard = Shard.parse(arguments.shard) if arguments.shard else Shard.from_torchrun()
+    written = encode_file(
+        _load(arguments),
+        resolve(arguments.model),
+        file,
+        output,
+        batch_size=arguments.batch_size,
+        normalize_embeddings=arguments.normalize,
+        shard=shard,
+        resume=arguments.resume,
+    )
+    embeddings = np.load(written, mmap_mode="r")
+    if shard is None:
+        _print_embeddings(list(Lines(file, 0, min(SHOWN, len(embeddings)))), embeddings)
+    _print_written(written, embeddings)
+    if shard is not None:
+        print(f"once all are there: python -m minibert merge {output}")
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from minibert.encode_file import merge
+
+    count = merge(arguments.output)
+    print(f"wrote {arguments.output} from {count} shards, which can be removed")
+    return 0
+
+
+def _load(arguments: argparse.Namespace) -> SentenceEncoder:
+    import torch
+
+    from minibert.sentence_encoder import SentenceEncoder
+
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    encoder = SentenceEncoder.from_pretrained(
+        arguments.model, dtype=getattr(torch, arguments.dtype) if arguments.dtype else None
+    )
+    try:
+        return encoder.to(device)
+    except (RuntimeError, AssertionError) as error:  # no such kind of device, or none of it here
+        raise ValueError(f"--device {arguments.device}: {str(error).splitlines()[0]}") from error
 
 
 def _check_output(output: Path) -> None:
@@ -124,50 +197,48 @@ def _check_output(output: Path) -> None:
         raise ValueError(f"cannot write {output}: {output.parent} is no directory that can be written to")
 
 
-def _read_sentences(given: list[str]) -> list[str]:
-    if not given and (sys.stdin is None or sys.stdin.isatty()):
-        raise ValueError("nothing to encode: give sentences, a text file, or pipe text in")
-    if given in ([], ["-"]):
-        return _lines("standard input", sys.stdin.buffer)
+def _text_file(given: list[str]) -> Path | None:
+    """The file that was given instead of sentences."""
     # A file's name is not a sentence: reading it, or saying that it is not there, is what was meant.
     is_file = os.path.exists if len(given) == 1 else os.path.isfile  # False, not an error, for a long sentence
     files = [name for name in given if is_file(name) or name.endswith(".txt")]
-    if not files:
-        return given
-    if len(given) > 1:
+    if files and len(given) > 1:
         raise ValueError(f"{files[0]} is a file among sentences: give one file alone, or pipe text in")
-    with Path(given[0]).open("rb") as stream:
-        return _lines(given[0], stream)
+    return Path(files[0]) if files else None
 
 
-def _lines(name: str, stream: Iterable[bytes]) -> list[str]:
-    """One sentence a line. An empty line is an empty sentence, so row i is always line i."""
-    sentences = []
-    for number, line in enumerate(stream, start=1):
-        try:
-            sentences.append(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n"))
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{name}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})"
-            ) from error
-    if not sentences:
-        raise ValueError(f"{name} is empty: nothing to encode")
-    return sentences
+def _sentences(given: list[str], file: Path | None) -> Iterable[str]:
+    from minibert.text_lines import read_lines
+
+    if file is not None:
+        with file.open("rb") as stream:
+            yield from read_lines(str(file), stream)
+    elif given in ([], ["-"]):
+        if not given and (sys.stdin is None or sys.stdin.isatty()):
+            raise ValueError("nothing to encode: give sentences, a text file, or pipe text in")
+        yield from read_lines("standard input", sys.stdin.buffer)
+    else:
+        yield from given
 
 
 def _print_embeddings(sentences: list[str], embeddings: NDArray[np.float32]) -> None:
+    """The first of them: `sentences` are those to show."""
     print(f"embeddings: {embeddings.shape[0]} x {embeddings.shape[1]} {embeddings.dtype}")
-    shown = range(min(len(sentences), SHOWN))
+    shown = range(len(sentences))
     for i in shown:
         numbers = " ".join(f"{x:8.4f}" for x in embeddings[i, :5])
         print(f"[{i}] {numbers} ...  {sentences[i]:.60}")
-    if len(sentences) > SHOWN:
-        print(f"... and {len(sentences) - SHOWN} more")
+    if len(embeddings) > len(shown):
+        print(f"... and {len(embeddings) - len(shown)} more")
     lengths = (embeddings[: len(shown)] ** 2).sum(axis=1, keepdims=True) ** 0.5
     units = embeddings[: len(shown)] / lengths.clip(min=1e-12)
     print("\ncosine  " + " ".join(f"{f'[{i}]':>7}" for i in shown))
     for i in shown:
         print(f"{f'[{i}]':>6}  " + " ".join(f"{units[i] @ units[j]:7.4f}" for j in shown))
+
+
+def _print_written(output: Path, embeddings: NDArray[np.float32]) -> None:
+    print(f"\nwrote {output}: {embeddings.shape[0]} x {embeddings.shape[1]} float32")
 
 
 def _write_embeddings(output: Path, embeddings: NDArray[np.float32]) -> None:

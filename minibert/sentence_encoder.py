@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, SupportsIndex, overload
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 POOLINGS = {"mean": mean_pooling, "cls": cls_pooling}
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 32768}  # tokens per batch; measured, see docs/performance.md
-BLOCK = 4096  # sentences that are read, tokenized and sorted together
+BLOCK_SENTENCES, BLOCK_CHARACTERS = 4096, 1_000_000  # that are read, tokenized and sorted together
 
 
 class SentenceEncoder(nn.Module):
@@ -159,7 +158,7 @@ class SentenceEncoder(nn.Module):
         normalize_embeddings: bool | None = None,
         show_progress_bar: bool | None = None,
     ) -> Iterator[Tensor]:
-        """As `encode`, but yields (up to 4096, H) at a time, in order: for more than fits in memory.
+        """As `encode`, but yields (up to 4,096, H) at a time, in order: for more than fits in memory.
 
         Only one block of sentences is read ahead and held.
         """
@@ -176,7 +175,7 @@ class SentenceEncoder(nn.Module):
         finished: Tensor | None = None
         total = len(texts) if isinstance(texts, Sized) else None
         with _progress_bar(total, show_progress_bar) as progress:
-            while block := list(islice(remaining, BLOCK)):
+            while block := _read_block(remaining):
                 # A GPU still computes the block before this one meanwhile.
                 ids, cut_here = self.tokenizer.token_ids_and_cuts(block, first=done)
                 if finished is not None:
@@ -242,6 +241,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+def _read_block(texts: Iterator[str]) -> list[str]:
+    block: list[str] = []
+    characters = 0
+    for text in texts:
+        block.append(text)
+        characters += len(text) if isinstance(text, str) else 0
+        if len(block) == BLOCK_SENTENCES or characters >= BLOCK_CHARACTERS:
+            break
+    return block
 
 
 def _cut(order: list[int], ids: list[list[int]], batch_size: int | None, budget: int) -> Iterator[list[int]]:

@@ -215,8 +215,8 @@ def changes() -> Iterator[tuple[str, object]]:
         model.layers[0].attention.value = nn.Linear(36, 36)  # type: ignore[union-attr]
 
     def adapter(model: BertModel) -> None:
-        old = model.layers[0].attention.value  # type: ignore[union-attr]
-        model.layers[0].attention.value = nn.Sequential(old, nn.Linear(36, 36))  # type: ignore[union-attr]
+        attention = model.get_submodule("layers.0.attention")
+        attention.value = nn.Sequential(attention.get_submodule("value"), nn.Linear(36, 36))
 
     yield from {"in place": in_place, "step": a_step, "data": new_data, "module": new_module}.items()
     yield "adapter", adapter

@@ -1,0 +1,40 @@
+"""Text files with a sentence a line."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+
+def read_lines(name: str, stream: Iterable[bytes]) -> Iterator[str]:
+    """One sentence a line; an empty line is an empty sentence, so that row i is always line i.
+
+    Raises:
+        ValueError: not UTF-8 (says where), or not a single line.
+    """
+    number = 0
+    for number, line in enumerate(stream, start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{name}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})"
+            ) from error
+    if number == 0:
+        raise ValueError(f"{name} is empty: nothing to encode")
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The lines of a text file from `start` up to, not including, `stop`."""
+
+    path: Path
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[str]:
+        with self.path.open("rb") as stream:
+            yield from islice(read_lines(str(self.path), stream), self.start, self.stop)

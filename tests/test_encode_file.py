@@ -1,0 +1,284 @@
+"""`python -m minibert encode FILE -o OUT.npy`: resumed, in shards and in blocks it gives the same file."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minibert import SentenceEncoder, sentence_encoder
+from minibert.__main__ import main
+from weights.json_files import read_json
+
+LINES = [f"sentence {i} " + "is long " * (i * 7 % 5) for i in range(23)]
+
+
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(sentence_encoder, "BLOCK_SENTENCES", 4)
+    (tmp_path / "in.txt").write_text("\n".join(LINES) + "\n")
+    return tmp_path / "in.txt"
+
+
+def encode(model: Path, text: Path, *arguments: str, output: str = "out.npy") -> int:
+    return main(["encode", "--model", str(model), str(text), "-o", str(text.with_name(output)), *arguments])
+
+
+def files(text: Path) -> set[str]:
+    return {path.name for path in text.parent.iterdir()} - {"in.txt"}
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, blocks: int, error: BaseException) -> None:
+    """Lets so many blocks be computed, then raises."""
+    whole = sentence_encoder._read_block
+
+    def read_block(texts: Iterator[str]) -> list[str]:
+        nonlocal blocks
+        blocks -= 1
+        if blocks < -1:  # a block is written when the next one has been read
+            raise error
+        return whole(texts)
+
+    monkeypatch.setattr(sentence_encoder, "_read_block", read_block)
+
+
+def test_a_file_is_what_encode_gives(small: Path, text: Path) -> None:
+    assert encode(small, text) == 0
+    assert files(text) == {"out.npy", "out.npy.json"}
+    np.testing.assert_array_equal(
+        np.load(text.with_name("out.npy")), SentenceEncoder.from_pretrained(small).encode(LINES)
+    )
+
+
+def test_a_stopped_run_goes_on_where_it_was(
+    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, KeyboardInterrupt())
+        assert encode(small, text) == 130
+    assert "stopped after 8 of 23 rows: --resume goes on there" in capsys.readouterr().err
+    assert files(text) == {"out.npy.part", "out.npy.part.json"}
+    assert encode(small, text) == 2
+    assert "out.npy.part holds 8 of 23 rows of a stopped run: go on with it with --resume, or remove it" in (
+        capsys.readouterr().err
+    )
+    encoded: list[str] = []
+    whole = sentence_encoder._read_block
+
+    def read_block(texts: Iterator[str]) -> list[str]:
+        block = whole(texts)
+        encoded.extend(block)
+        return block
+
+    monkeypatch.setattr(sentence_encoder, "_read_block", read_block)
+    assert encode(small, text, "--resume") == 0
+    assert encoded == LINES[8:]
+    assert files(text) == {"out.npy", "out.npy.json"}
+    np.testing.assert_array_equal(
+        np.load(text.with_name("out.npy")), SentenceEncoder.from_pretrained(small).encode(LINES)
+    )
+    encoded.clear()
+    assert encode(small, text, "--resume") == 0  # it is whole: nothing to do
+    assert encoded == []
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(minilm: Path, tmp_path: Path) -> None:
+    lines = [f"line {i}" for i in range(9000)]
+    (tmp_path / "in.txt").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "minibert", "encode", "--model", str(minilm), str(tmp_path / "in.txt")]
+    command += ["-o", str(tmp_path / "out.npy"), "--resume"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    record = tmp_path / "out.npy.part.json"
+    while not record.is_file() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < read_json(record)["done"] < 9000
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    embeddings = np.load(tmp_path / "out.npy")
+    picked = [0, 4095, 4096, 8191, 8999]
+    expected = SentenceEncoder.from_pretrained(minilm).encode([lines[i] for i in picked])
+    np.testing.assert_array_equal(embeddings[picked], expected)
+    assert np.linalg.norm(embeddings, axis=1).min() > 0.99  # no row was left out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--no-normalize"], "normalize_embeddings was True, is False"),
+        (["--dtype", "bfloat16"], "dtype was float32, is bfloat16"),
+        ("text", "out.npy.part was made otherwise: text was "),
+        ("model", "out.npy.part was made otherwise: model was "),
+    ],
+)
+def test_another_run_cannot_be_gone_on_with(
+    small: Path,
+    tiny: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: Any,
+    message: str,
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1, KeyboardInterrupt())
+        assert encode(small, text, "--normalize") == 130
+    model = small
+    if change == "text":
+        text.write_text("\n".join(LINES[::-1]) + "\n")
+    elif change == "model":
+        model = text.parent / "model"
+        SentenceEncoder.from_pretrained(small).save_pretrained(model)
+    options = change if isinstance(change, list) else ["--normalize"]
+    assert encode(model, text, "--resume", *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_that_fails_at_once_leaves_nothing(
+    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_after(monkeypatch, 0, OSError("no more"))
+    assert encode(small, text) == 2
+    assert encode(small, text, "--batch-size", "0") == 2
+    text.write_bytes(b"fine\nb\xe4d\n")
+    assert encode(small, text) == 2
+    assert "in.txt, line 2: not UTF-8 (byte 0xe4 at position 1)" in capsys.readouterr().err
+    assert files(text) == set()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no way to ask for room on the disk")
+def test_a_full_disk_is_noticed_before_the_work(
+    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert encode(small, text) == 2
+    assert "No space left on device: '" in capsys.readouterr().err
+    assert files(text) == set()
+
+
+# -------------------------------------------------------------------------------------------- shards
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 23])
+def test_merged_shards_are_the_file(small: Path, text: Path, count: int) -> None:
+    assert encode(small, text) == 0
+    for index in range(count, 0, -1):
+        assert encode(small, text, "--shard", f"{index}/{count}", output="parts.npy") == 0
+    assert main(["merge", str(text.with_name("parts.npy"))]) == 0
+    assert text.with_name("parts.npy").read_bytes() == text.with_name("out.npy").read_bytes()
+    assert read_json(text.with_name("parts.npy.json")) == read_json(text.with_name("out.npy.json"))
+
+
+def test_processes_of_torchrun_take_a_shard_each(
+    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        assert encode(small, text) == 0
+    assert {"out-00001-of-00002.npy", "out-00002-of-00002.npy"} < files(text)
+    assert main(["merge", str(text.with_name("out.npy"))]) == 0
+    assert np.load(text.with_name("out.npy")).shape[0] == 23
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        ([], "no shards found, such as "),
+        (["1/3", "3/3"], "out-00002-of-00003.npy not there, or not finished"),
+        (["1/2", "2/2", "1/3"], "shards of 2 and of 3 found"),
+    ],
+)
+def test_what_cannot_be_merged(
+    small: Path, text: Path, capsys: pytest.CaptureFixture[str], shards: list[str], message: str
+) -> None:
+    for shard in shards:
+        assert encode(small, text, "--shard", shard) == 0
+    assert main(["merge", str(text.with_name("out.npy"))]) == 2
+    assert message in capsys.readouterr().err
+    assert "out.npy" not in files(text)
+
+
+def test_shards_of_different_runs_are_not_merged(
+    small: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert encode(small, text, "--shard", "1/2", "--normalize") == 0
+    assert encode(small, text, "--shard", "2/2", "--no-normalize") == 0
+    assert main(["merge", str(text.with_name("out.npy"))]) == 2
+    assert "out-00002-of-00002.npy was made otherwise: normalize_embeddings was False, is True" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shard", "0/2"], "--shard 0/2: give I/N, such as 1/4, with I from 1 to N"),
+        (["--shard", "3/2"], "--shard 3/2: give I/N"),
+        (["--shard", "two"], "--shard two: give I/N"),
+        (["--shard", "1/24"], "in.txt has 23 lines, too few for 24 shards"),
+        (["--device", "tpu"], "--device tpu: "),
+    ],
+)
+def test_bad_options(
+    small: Path, text: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert encode(small, text, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert files(text) == set()
+
+
+def test_resume_and_shard_need_files(small: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["encode", "--model", str(small), "a sentence", "--resume"]) == 2
+    assert encode(small, text, "--shard", "1/2", output="out.safetensors") == 2
+    assert capsys.readouterr().err.count("--resume and --shard need a text file and -o FILE.npy") == 2
+
+
+# ------------------------------------------------------------------------------------------ streaming
+
+
+def test_a_generator_is_read_one_block_ahead(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sentence_encoder, "BLOCK_SENTENCES", 4)
+    read = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal read
+        for line in LINES:
+            read += 1
+            yield line
+
+    encoder = SentenceEncoder.from_pretrained(small)
+    rows, ahead = 0, []
+    for block in encoder.encode_blocks(lines()):
+        rows += len(block)
+        ahead.append(read - rows)
+    assert rows == len(LINES)
+    assert max(ahead) == 4
+    np.testing.assert_array_equal(encoder.encode(lines()), encoder.encode(LINES))
+
+
+def test_long_texts_make_small_blocks(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sentence_encoder, "BLOCK_CHARACTERS", 30)
+    encoder = SentenceEncoder.from_pretrained(small)
+    assert [len(block) for block in encoder.encode_blocks(["x" * 30, "a", "b" * 29, "c"])] == [1, 2, 1]
+
+
+def test_errors_and_warnings_count_over_all_blocks(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sentence_encoder, "BLOCK_SENTENCES", 2)
+    encoder = SentenceEncoder.from_pretrained(small)
+    encoder.tokenizer.max_length = 4
+    with pytest.warns(UserWarning, match="^3 of 5 texts cut to 4 tokens$"):
+        encoder.encode(["a b c", "a", "a b c d", "", "a b c d e f"])
+    with pytest.raises(TypeError, match="text 3 is int"):
+        encoder.encode(["a", "b", "c", 4])  # type: ignore[list-item]
