@@ -7,6 +7,8 @@ and value as one product and GELU inside the up-projection. docs/performance.md 
 
 import copy
 import platform
+from collections.abc import Callable
+from functools import cache, partial
 from typing import cast
 from weakref import WeakKeyDictionary
 
@@ -14,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert.attention import SelfAttention
+from minibert.attention import AttentionFunction, SelfAttention
 from minibert.layers import ACTIVATIONS, EncoderLayer
 from minibert.model import BertModel
-from minibert.packing import PackedBatch
+from minibert.packing import PackedBatch, varlen_attention
 from weights.safetensors_files import release_memory
 
 FUSED_ACTIVATIONS = ("gelu", "relu")  # those that oneDNN computes in the product, under its own names
@@ -30,15 +32,13 @@ def uses_onednn(weight: Tensor) -> bool:
     with it the last bits. On x86 oneDNN is faster than MKL where that is slow (AMD) and as fast
     where it is not. On ARM torch has other kernels.
     """
-    return (
-        weight.device.type == "cpu"
-        and platform.machine() in ("x86_64", "AMD64")
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and (
-            weight.dtype == torch.float32
-            or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        )
-    )
+    if weight.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # type: ignore[no-untyped-call]
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
 
 
 class FusedLinear(nn.Linear):
@@ -136,9 +136,27 @@ def _are_plain(*modules: nn.Module) -> bool:
     return all(type(module) is nn.Linear for module in modules)
 
 
-def run(fast: BertModel, batch: PackedBatch) -> Tensor:
-    """The last hidden state of every token: (tokens, H)."""
-    hidden: Tensor = fast.embeddings(batch.input_ids, None, batch.position_ids)  # (tokens, H)
-    for output, _ in fast.run_layers(hidden, None, attend=batch.attend):
+def run(fast: BertModel, batch: PackedBatch, *, compiled: bool = False) -> Tensor:
+    """The last hidden state of every token, (tokens, H); `compiled` by torch.compile, for CUDA."""
+    if compiled:
+        return _compiled()(fast, batch.input_ids, batch.position_ids, batch.starts, batch.longest)
+    return _run(fast, batch.input_ids, batch.position_ids, batch.attend)
+
+
+def _run(fast: BertModel, input_ids: Tensor, position_ids: Tensor, attend: AttentionFunction) -> Tensor:
+    hidden: Tensor = fast.embeddings(input_ids, None, position_ids)  # (tokens, H)
+    for output, _ in fast.run_layers(hidden, None, attend=attend):
         hidden = output
     return hidden
+
+
+def run_varlen(
+    fast: BertModel, input_ids: Tensor, position_ids: Tensor, starts: Tensor, longest: int
+) -> Tensor:
+    """`run` of tensors alone, without a loop over runs: a graph serves batches of all sizes."""
+    return _run(fast, input_ids, position_ids, partial(varlen_attention, starts=starts, longest=longest))
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(run_varlen, fullgraph=True, dynamic=True)

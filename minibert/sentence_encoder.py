@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minibert.fast_inference import fast_copy, run
 from minibert.model import BertModel
-from minibert.packing import PackedBatch
+from minibert.packing import HAS_VARLEN, PackedBatch
 from minibert.pooling import cls_pooling, mean_pooling
 from minibert.sentence_transformers_files import module_files, read_modules
 from minibert.tokenizer import Tokenizer, as_iterable
@@ -34,7 +34,8 @@ class SentenceEncoder(nn.Module):
 
     `pooling` is "mean" or "cls"; `normalize_embeddings` whether `encode` scales each vector to
     length 1 when it is not told; `dtype` what `encode` computes its Linears in, the weights' own if
-    None. An `nn.Module`: `.to("cuda")`, and `forward` can be trained.
+    None; `compile` whether `encode` goes through torch.compile, on a GPU and in bfloat16.
+    An `nn.Module`: `.to("cuda")`, and `forward` can be trained.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class SentenceEncoder(nn.Module):
         pooling: str = "mean",
         normalize_embeddings: bool = False,
         dtype: torch.dtype | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if pooling not in POOLINGS:
@@ -54,6 +56,7 @@ class SentenceEncoder(nn.Module):
         self.pooling = pooling
         self.normalize_embeddings = normalize_embeddings
         self.dtype = dtype
+        self.compiled = compile
 
     @classmethod
     def from_pretrained(
@@ -62,6 +65,7 @@ class SentenceEncoder(nn.Module):
         *,
         attention: str = "sdpa",
         dtype: torch.dtype | None = None,
+        compile: bool = False,
     ) -> Self:
         """From a model directory, a catalog name or `org/name`; arguments as `BertModel.from_pretrained`.
 
@@ -84,6 +88,7 @@ class SentenceEncoder(nn.Module):
             pooling=pooling,
             normalize_embeddings=normalize,
             dtype=dtype if in_encode_only else None,
+            compile=compile,
         )
 
     def forward(
@@ -191,12 +196,15 @@ class SentenceEncoder(nn.Module):
 
     def _embed(self, ids: list[list[int]], batch_size: int | None, progress: Callable[[int], object]) -> Tensor:
         fast = fast_copy(self.model, self.dtype)
+        weight = fast.embeddings.word.weight
+        if self.compiled and not (HAS_VARLEN and weight.is_cuda and (self.dtype or weight.dtype).itemsize == 2):
+            raise ValueError("compile=True needs a GPU, dtype=torch.bfloat16 and torch 2.13: leave it out")
         embeddings = self._empty(len(ids)).zero_()  # a text without any token stays zero
         order = sorted((i for i, row in enumerate(ids) if row), key=lambda i: -len(ids[i]))
         with torch.no_grad():
             for batch in _cut(order, ids, batch_size, TOKEN_BUDGET[embeddings.device.type]):
                 packed = PackedBatch.from_rows([ids[i] for i in batch], fast.config, embeddings.device)
-                hidden = run(fast, packed)  # (tokens, H)
+                hidden = run(fast, packed, compiled=self.compiled)  # (tokens, H)
                 embeddings[batch] = packed.mean(hidden) if self.pooling == "mean" else packed.first(hidden)
                 progress(len(batch))
         return embeddings

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer, fast_inference, sentence_encoder
-from minibert.fast_inference import FusedLinear, fast_copy, run, uses_onednn
+from minibert.fast_inference import FusedLinear, fast_copy, run, run_varlen, uses_onednn
 from minibert.packing import PackedBatch
 
 WORDS = (
@@ -255,3 +255,67 @@ def test_packing_keeps_positions_and_order(minilm: Path) -> None:
     with torch.no_grad():
         for row, ours in zip(rows, torch.split(hidden, [3, 3, 2]), strict=True):
             torch.testing.assert_close(ours, model(torch.tensor([row])).last_hidden_state[0], atol=1e-5, rtol=0)
+
+
+# --------------------------------------------------------- what runs on a GPU, as far as a CPU can tell
+
+
+def varlen_by_mask(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, *rest: object, scale: float, num_splits: int
+) -> Tensor:
+    """What varlen_attn computes (tokens, N, D), by a mask over all pairs of tokens."""
+    text = torch.bucketize(torch.arange(len(query)), starts[1:].long(), right=True)  # (tokens,)
+    scores = torch.einsum("qnd,knd->nqk", query, key) * scale
+    weights = scores.masked_fill(text[:, None] != text, -torch.inf).softmax(-1)
+    return torch.einsum("nqk,knd->qnd", weights, value)
+
+
+def batches(config: BertConfig) -> Iterator[PackedBatch]:
+    generator = torch.Generator().manual_seed(0)
+    for lengths in ([5], [9, 9, 4], [31, 7, 7, 7, 2, 2], [3] * 11, [8], [64, 2], [2] * 64):
+        rows = [torch.randint(999, 2000, (n,), generator=generator).tolist() for n in lengths]
+        yield PackedBatch.from_rows(rows, config)
+
+
+def test_varlen_attention_is_the_same_model(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_mask)
+    fast = fast_copy(BertModel.from_pretrained(minilm))
+    for batch in batches(fast.config):
+        with torch.no_grad():
+            ours = run_varlen(fast, batch.input_ids, batch.position_ids, batch.starts, batch.longest)
+            torch.testing.assert_close(ours, run(fast, batch), atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_two_graphs_serve_every_batch(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_mask)
+    monkeypatch.setattr(fast_inference, "uses_onednn", lambda weight: False)  # as on a GPU
+    counter = CompileCounter()
+    compiled = torch.compile(run_varlen, fullgraph=True, dynamic=True, backend=counter)
+    model = BertModel.from_pretrained(minilm)
+    fast = fast_copy(model)
+    for batch in batches(fast.config):
+        with torch.no_grad():
+            ours = compiled(fast, batch.input_ids, batch.position_ids, batch.starts, batch.longest)
+            torch.testing.assert_close(ours, run(fast, batch), atol=2e-5, rtol=0)
+    assert counter.frame_count <= 2  # one text, and several
+
+
+def test_compiling_needs_a_gpu(minilm: Path) -> None:
+    encoder = SentenceEncoder.from_pretrained(minilm, dtype=torch.bfloat16, compile=True)
+    with pytest.raises(ValueError, match="compile=True needs a GPU"):
+        encoder.encode("a sentence")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu(minilm: Path, dtype: torch.dtype | None, compiled: bool) -> None:
+    if compiled and dtype is None:
+        return
+    texts = varied_texts(200)
+    encoder = SentenceEncoder.from_pretrained(minilm, dtype=dtype, compile=compiled).to("cuda")
+    wide = SentenceEncoder.from_pretrained(minilm).encode(texts)
+    assert (encoder.encode(texts) * wide).sum(1).min() > (0.9999 if dtype else 0.999999)
