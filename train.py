@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from heads.run_directory import RunDirectory
 from heads.sets import read_sets
 from heads.training_state import Progress, collect, restore
 from minibert import BertModel, Tokenizer
+from minibert.fast_training import OneDnnLinears, mkl_is_slow
 from minibert.freezing import FreezePlan, set_groups
 from minibert.sentence_encoder import evaluating
 from weights import resolve
@@ -298,6 +300,7 @@ def run_all(options: Options, processes: Processes) -> None:
         progress, state = run.load(progress)
     start = replace(options, model=f"{options.output}/last") if state else options
     model = build_model(start, tasks, examples.get("train", [])).to(processes.device)
+    attention = model.encoder.attention = "packed" if options.fast else model.encoder.attention
     assert model.tokenizer is not None
     sets = {name: SentenceDataset(some, model.tokenizer, model.labels) for name, some in examples.items()}
     if options.eval_only:
@@ -322,7 +325,7 @@ def run_all(options: Options, processes: Processes) -> None:
             train(options, run, model, sets, processes, progress, state)
     if processes.is_first:
         if run is not None and not options.eval_only:
-            model = MultiTaskModel.from_pretrained(run.path / "best").to(processes.device)
+            model = MultiTaskModel.from_pretrained(run.path / "best", attention=attention).to(processes.device)
         finish(options, run, model, sets, processes, max(0, progress.epoch - 1))
 
 
@@ -407,7 +410,8 @@ def main(argv: list[str] | None = None) -> int:
             options = read_options(argv)
             processes = Processes(options.device, bf16=options.bf16)
             try:
-                run_all(options, processes)
+                with OneDnnLinears() if options.fast and mkl_is_slow() else nullcontext():
+                    run_all(options, processes)
             finally:
                 processes.close()
         return 0

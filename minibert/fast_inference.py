@@ -139,8 +139,9 @@ def _are_plain(*modules: nn.Module) -> bool:
 def run(fast: BertModel, batch: PackedBatch, *, compiled: bool = False) -> Tensor:
     """The last hidden state of every token, (tokens, H); `compiled` by torch.compile, for CUDA."""
     if compiled:
-        return _compiled()(fast, batch.input_ids, batch.position_ids, batch.starts, batch.longest)
-    return _run(fast, batch.input_ids, batch.position_ids, batch.attend)
+        starts, longest = batch.packing.starts, batch.packing.longest
+        return _compiled()(fast, batch.input_ids, batch.position_ids, starts, longest)
+    return _run(fast, batch.input_ids, batch.position_ids, batch.packing.attend)
 
 
 def _run(fast: BertModel, input_ids: Tensor, position_ids: Tensor, attend: AttentionFunction) -> Tensor:

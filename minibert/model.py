@@ -14,6 +14,7 @@ from minibert.config import BertConfig
 from minibert.embeddings import Embeddings
 from minibert.inputs import check_inputs
 from minibert.layers import EncoderLayer, Pooler
+from minibert.packing import PaddedBatch
 from weights import load_checkpoint, resolve, save_checkpoint
 
 
@@ -35,16 +36,18 @@ class BertModelOutput:
 class BertModel(nn.Module):
     """The BERT encoder (Devlin et al. 2018, section 3), with random weights; see `from_pretrained`.
 
-    `attention` is "sdpa" (fused) or "eager" (written out, and can return its weights).
+    `attention` is "sdpa" (fused), "eager" (written out, and can return its weights) or "packed" (the
+    layers see no padding, whose outputs are 0: the fastest, and equal to rounding).
 
     Raises:
-        ValueError: `attention` is neither.
+        ValueError: `attention` is none of these.
     """
 
     def __init__(self, config: BertConfig, *, attention: str = "sdpa", add_pooling_layer: bool = True) -> None:
         super().__init__()
-        if attention not in ATTENTION_FUNCTIONS:
-            raise ValueError(f"attention is {attention!r}, it must be {' or '.join(ATTENTION_FUNCTIONS)}")
+        if attention not in (*ATTENTION_FUNCTIONS, "packed"):
+            names = ", ".join(ATTENTION_FUNCTIONS)
+            raise ValueError(f"attention is {attention!r}, it must be {names} or packed")
         self.config = config
         self.attention = attention
         self.embeddings = Embeddings(config)
@@ -106,6 +109,11 @@ class BertModel(nn.Module):
         `hidden` (B, T, H) is the output of the layer below `start`, of the embeddings for 0. Yields
         (B, T, H), and (B, N, T, T) or None. `attend` takes the place of the model's own attention.
         """
+        if attend is None and self.attention == "packed":
+            batch = PaddedBatch(hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask)
+            for packed, _ in self.run_layers(batch.pack(hidden), None, start, stop, batch.packing.attend):
+                yield batch.unpack(packed), None
+            return
         attend = attend or ATTENTION_FUNCTIONS[self.attention]
         mask = expand_mask(attention_mask)  # (B, 1, T, T) or None
         for layer in self.layers[start:stop]:
@@ -124,7 +132,7 @@ class BertModel(nn.Module):
 
         Args:
             name_or_path: a directory, a catalog name, or `org/name` on the hub.
-            attention: "sdpa" or "eager".
+            attention: "sdpa", "eager" or "packed".
             dtype: torch.float32, bfloat16, float16 or float64; as stored if None.
 
         The weights are memory-mapped: nothing is initialised or copied (unless converted).

@@ -5,7 +5,7 @@ must know which tokens belong together. Texts of equal length lie side by side, 
 ordinary batch (texts, length), and a text's numbers do not depend on how many others are in it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -24,38 +24,27 @@ ALIGNMENT = 64  # bytes; the last bits of MKL's products depend on where in a ca
 
 
 @dataclass(frozen=True)
-class PackedBatch:
-    """`input_ids` and `position_ids`, (tokens,); `runs`: (texts, length of each), in order."""
+class Packing:
+    """Which tokens belong together: `runs`, (texts, length of each) in order. On `device`."""
 
-    input_ids: Tensor
-    position_ids: Tensor
     runs: tuple[tuple[int, int], ...]
+    device: torch.device
 
     @classmethod
-    def from_rows(
-        cls, rows: Sequence[Sequence[int]], config: BertConfig, device: torch.device | None = None
-    ) -> Self:
-        """From the ids of each text, at least one each; texts of equal length must be neighbours.
-
-        Raises:
-            ValueError: an id outside the vocabulary, or a text longer than the model has positions for.
-        """
-        runs = tuple((len(list(run)), length) for length, run in groupby(map(len, rows)))
-        ids = torch.tensor([token for row in rows for token in row])  # (tokens,)
-        check_ids(config, ids, longest=max(length for _, length in runs))
-        positions = torch.cat([torch.arange(length).repeat(texts) for texts, length in runs])  # (tokens,)
-        return cls(ids.to(device), positions.to(device), runs)
-
-    @cached_property
-    def lengths(self) -> Tensor:
-        """(texts,): how many tokens each text has."""
-        texts, lengths = torch.tensor(self.runs, device=self.input_ids.device).unbind(1)
-        return lengths.repeat_interleave(texts)
+    def of(cls, lengths: Iterable[int], device: torch.device) -> Self:
+        """Of texts of these lengths, none of them 0; equal ones must be neighbours."""
+        return cls(tuple((len(list(run)), length) for length, run in groupby(lengths)), device)
 
     @cached_property
     def starts(self) -> Tensor:
         """(texts + 1,) int32: where each text begins, and where the last one ends."""
         return F.pad(self.lengths.cumsum(0), (1, 0)).int()
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(texts,): how many tokens each text has."""
+        texts, lengths = torch.tensor(self.runs, device=self.device).unbind(1)
+        return lengths.repeat_interleave(texts)
 
     @cached_property
     def longest(self) -> int:
@@ -96,6 +85,49 @@ class PackedBatch:
         """(tokens, H) -> each text's first token, [CLS], (texts, H), float32 or wider."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return hidden[self.starts[:-1]].to(wide)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """`input_ids` and `position_ids`, (tokens,), and their `packing`."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    packing: Packing
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Sequence[int]], config: BertConfig, device: torch.device) -> Self:
+        """From the ids of each text, at least one each; texts of equal length must be neighbours.
+
+        Raises:
+            ValueError: an id outside the vocabulary, or a text longer than the model has positions for.
+        """
+        packing = Packing.of(map(len, rows), device)
+        ids = torch.tensor([token for row in rows for token in row])  # (tokens,)
+        check_ids(config, ids, packing.longest)
+        positions = torch.cat([torch.arange(length).repeat(texts) for texts, length in packing.runs])
+        return cls(ids.to(device), positions.to(device), packing)
+
+
+class PaddedBatch:
+    """The way from padded (B, T, H) to packed (tokens, H) and back, for a mask (B, T)."""
+
+    def __init__(self, attention_mask: Tensor) -> None:
+        mask = attention_mask.bool()
+        lengths, order = mask.sum(1).sort(descending=True, stable=True)  # (B,)
+        cells = torch.arange(mask.numel(), device=mask.device).view(mask.shape)  # (B, T)
+        self.cells = cells[order][mask[order]]  # (tokens,): where each token lies in (B * T)
+        self.shape = mask.shape
+        self.packing = Packing.of((length for length in lengths.tolist() if length), mask.device)
+
+    def pack(self, hidden: Tensor) -> Tensor:
+        """(B, T, H) -> (tokens, H)."""
+        return hidden.flatten(0, 1)[self.cells]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """(tokens, H) -> (B, T, H), zero where the mask is."""
+        empty = packed.new_zeros(self.shape.numel(), packed.shape[1])  # (B * T, H)
+        return empty.index_copy(0, self.cells, packed).unflatten(0, self.shape)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def varlen_attention(

@@ -205,7 +205,8 @@ class SentenceEncoder(nn.Module):
             for batch in _cut(order, ids, batch_size, TOKEN_BUDGET[embeddings.device.type]):
                 packed = PackedBatch.from_rows([ids[i] for i in batch], fast.config, embeddings.device)
                 hidden = run(fast, packed, compiled=self.compiled)  # (tokens, H)
-                embeddings[batch] = packed.mean(hidden) if self.pooling == "mean" else packed.first(hidden)
+                pool = packed.packing.mean if self.pooling == "mean" else packed.packing.first
+                embeddings[batch] = pool(hidden)
                 progress(len(batch))
         return embeddings
 

@@ -171,7 +171,7 @@ def test_bad_inputs(arguments: dict[str, Any], error: type[Exception], message: 
 def test_attention_weights_of_sdpa_are_refused() -> None:
     with pytest.raises(ValueError, match='output_attentions needs attention="eager"'):
         BertModel(CONFIG)(IDS, output_attentions=True)
-    with pytest.raises(ValueError, match="attention is 'flash', it must be eager or sdpa"):
+    with pytest.raises(ValueError, match="attention is 'flash', it must be eager, sdpa or packed"):
         BertModel(CONFIG, attention="flash")
 
 

@@ -16,6 +16,7 @@ from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer, fast_inf
 from minibert.fast_inference import FusedLinear, fast_copy, run, run_varlen, uses_onednn
 from minibert.packing import PackedBatch
 
+CPU = torch.device("cpu")
 WORDS = (
     "the quick brown fox jumps over a lazy dog while unbelievable antidisestablishmentarianism 42 é !".split()
 )
@@ -239,18 +240,18 @@ def test_changed_weights_are_seen(minilm: Path, change: object) -> None:
 def test_a_batch_says_what_is_wrong_with_it(tiny: Path) -> None:
     config = BertConfig(vocab_size=10, max_position_embeddings=4)
     with pytest.raises(ValueError, match=r"input_ids\[2\] is 10, it must be from 0 to 9"):
-        PackedBatch.from_rows([[1, 2], [10, 3]], config)
+        PackedBatch.from_rows([[1, 2], [10, 3]], config, CPU)
     with pytest.raises(ValueError, match="input_ids is 5 tokens long, this model has positions for 4"):
-        PackedBatch.from_rows([[1] * 5], config)
+        PackedBatch.from_rows([[1] * 5], config, CPU)
 
 
 def test_packing_keeps_positions_and_order(minilm: Path) -> None:
     model = BertModel.from_pretrained(minilm)
     rows = [[101, 7592, 102], [101, 2088, 102], [101, 102]]
-    batch = PackedBatch.from_rows(rows, model.config)
-    assert batch.runs == ((2, 3), (1, 2))
+    batch = PackedBatch.from_rows(rows, model.config, CPU)
+    assert batch.packing.runs == ((2, 3), (1, 2))
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
-    assert batch.lengths.tolist() == [3, 3, 2]
+    assert batch.packing.lengths.tolist() == [3, 3, 2]
     hidden = run(fast_copy(model), batch)
     with torch.no_grad():
         for row, ours in zip(rows, torch.split(hidden, [3, 3, 2]), strict=True):
@@ -274,7 +275,7 @@ def batches(config: BertConfig) -> Iterator[PackedBatch]:
     generator = torch.Generator().manual_seed(0)
     for lengths in ([5], [9, 9, 4], [31, 7, 7, 7, 2, 2], [3] * 11, [8], [64, 2], [2] * 64):
         rows = [torch.randint(999, 2000, (n,), generator=generator).tolist() for n in lengths]
-        yield PackedBatch.from_rows(rows, config)
+        yield PackedBatch.from_rows(rows, config, CPU)
 
 
 def test_varlen_attention_is_the_same_model(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +283,9 @@ def test_varlen_attention_is_the_same_model(minilm: Path, monkeypatch: pytest.Mo
     fast = fast_copy(BertModel.from_pretrained(minilm))
     for batch in batches(fast.config):
         with torch.no_grad():
-            ours = run_varlen(fast, batch.input_ids, batch.position_ids, batch.starts, batch.longest)
+            ours = run_varlen(
+                fast, batch.input_ids, batch.position_ids, batch.packing.starts, batch.packing.longest
+            )
             torch.testing.assert_close(ours, run(fast, batch), atol=2e-5, rtol=0)
 
 
@@ -298,7 +301,9 @@ def test_two_graphs_serve_every_batch(minilm: Path, monkeypatch: pytest.MonkeyPa
     fast = fast_copy(model)
     for batch in batches(fast.config):
         with torch.no_grad():
-            ours = compiled(fast, batch.input_ids, batch.position_ids, batch.starts, batch.longest)
+            ours = compiled(
+                fast, batch.input_ids, batch.position_ids, batch.packing.starts, batch.packing.longest
+            )
             torch.testing.assert_close(ours, run(fast, batch), atol=2e-5, rtol=0)
     assert counter.frame_count <= 2  # one text, and several
 

@@ -395,6 +395,7 @@ def test_weights_that_are_not_finite_are_never_saved(
         "--freeze backbone",
         "--freeze layers:2,head:type --layer-lr-decay 0.5",
         "--freeze gradual --patience 2 --epochs 4",
+        "--freeze layers:1 --fast",
     ],
 )
 @pytest.mark.parametrize(
