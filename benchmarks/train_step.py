@@ -1,0 +1,213 @@
+"""What full fine-tuning and each freezing strategy cost, beside the same loop written with transformers.
+
+    python -m benchmarks.train_step            short and mixed texts, MiniLM and bert-base size: an hour
+    python -m benchmarks.train_step --quick    one round on 32 short sentences, MiniLM only
+
+All train two heads for 5 epochs on the same sentences in batches of 16, without validation or saving:
+train.py, exact and with --fast, whose batches are of similar lengths; the transformers loop in those very
+batches, and in shuffled ones, which is what such a loop usually does ("padded"). Every run is a process of
+its own (its peak memory is VmHWM, so Linux only); they take turns, and what is reported are medians, and
+medians of the ratios within a round. The time is the loop's: ours includes computing what frozen layers
+give, theirs tokenizing batches.
+"""
+
+import argparse
+import contextlib
+import csv
+import importlib
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.encode import make_texts
+from benchmarks.load import save_base_size
+from heads.data import DEMO, SentenceDataset, epoch_batches, label_names, read_examples
+from minibert import Tokenizer
+from weights import resolve
+
+TASKS = {"type": "type", "sentiment": "sentiment"}
+EPOCHS = 5
+BATCH_SIZE = 16
+
+
+def ours(directory: Path, data: Path, strategy: str, options: str) -> float:
+    """The seconds that train.py's loop takes."""
+    import train
+    from heads.metrics import TaskMetrics
+    from heads.run_directory import RunDirectory
+
+    importlib.import_module("torch._dynamo")  # else by the first optimizer; transformers imports it earlier
+    seconds = []
+    loop = train.train
+
+    def timed(*arguments: Any) -> None:
+        start = time.perf_counter()
+        loop(*arguments)
+        seconds.append(time.perf_counter() - start)
+
+    train.train = timed  # type: ignore[assignment]
+    nothing = {task: TaskMetrics(0.0, 0.0, 0.0, []) for task in TASKS}
+    train.evaluate = lambda *_: nothing  # type: ignore[attr-defined]
+    RunDirectory.save = lambda *_: None  # type: ignore[method-assign]
+    command = f"--model {directory} --train {data} --task type=type --task sentiment=sentiment"
+    command += (
+        f" --freeze {strategy} --epochs {EPOCHS} --batch-size {BATCH_SIZE} --output {data.parent}{options}"
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
+        train.main(command.split())  # ends in an error, since no best/ was saved
+    if not seconds:
+        raise RuntimeError(errors.getvalue())
+    return seconds[0]
+
+
+def theirs(directory: Path, data: Path, strategy: str, *, shuffled: bool) -> float:
+    """The seconds that the loop in transformers takes."""
+    from transformers import AutoTokenizer
+
+    from benchmarks.transformers_loop import TransformersMultiTask, train_with_transformers
+
+    examples = [e for e in read_examples(data, "text", TASKS, split="split") if e.split == "train"]
+    names = label_names(examples, list(TASKS))
+    dataset = SentenceDataset(examples, Tokenizer.from_pretrained(directory), names)
+    epochs = [epoch_batches(dataset, epoch, seed=0, batch_size=BATCH_SIZE) for epoch in range(EPOCHS)]
+    if shuffled:
+        orders = [torch.randperm(len(dataset)).tolist() for _ in range(EPOCHS)]
+        epochs = [[order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)] for order in orders]
+    loop = train_with_transformers(
+        TransformersMultiTask(directory, [3, 3], seed=0),
+        AutoTokenizer.from_pretrained(directory),
+        [example.text for example in examples],
+        dataset.labels,
+        epochs,
+        spec=strategy,
+        lr=5e-5,
+        head_lr=1e-3,
+    )
+    start = time.perf_counter()
+    for _ in loop:
+        pass
+    return time.perf_counter() - start
+
+
+LOOPS = {
+    "exact": partial(ours, options=""),
+    "fast": partial(ours, options=" --fast"),
+    "same batches": partial(theirs, shuffled=False),
+    "padded": partial(theirs, shuffled=True),
+}
+
+
+def worker(loop: str, directory: Path, strategy: str, corpus: str, sentences: int) -> None:
+    """Prints what one run took."""
+    with DEMO.open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    train = [row for row in rows if row[-1] == "train"]
+    validation = next(row for row in rows if row[-1] == "validation")
+    if corpus == "mixed":
+        words = [word for row in train for word in row[0].split()]
+        texts = make_texts(words, "mixed", sentences)
+        train = [[text, *row[1:]] for text, row in zip(texts, train, strict=False)]
+    with tempfile.TemporaryDirectory() as temporary:
+        data = Path(temporary) / "data.csv"
+        with data.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([header, *train[:sentences], validation])
+        seconds = LOOPS[loop](directory, data, strategy)
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+    print(json.dumps({"seconds": seconds / EPOCHS, "MB": int(peak.split()[1]) * 1024 / 1e6}))
+
+
+def run(*arguments: object) -> dict[str, float]:
+    """A worker in a fresh process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.train_step", "--worker", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
+    )
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measure(
+    directory: Path, strategies: list[str], corpus: str, sentences: int, rounds: int
+) -> dict[str, dict[str, float]]:
+    """For each strategy the medians over the rounds: seconds per epoch, ratios, peak memory."""
+    table = {}
+    for strategy in strategies:
+        runs: dict[str, list[dict[str, float]]] = {loop: [] for loop in LOOPS}
+        for _ in range(rounds):
+            for loop, results in runs.items():
+                results.append(run(loop, directory, strategy, corpus, sentences))
+                print(".", end="", flush=True, file=sys.stderr)
+
+        def ratio(one: str, other: str, runs: dict[str, list[dict[str, float]]] = runs) -> float:
+            pairs = zip(runs[one], runs[other], strict=True)
+            return statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)
+
+        table[strategy] = {
+            **{loop: statistics.median(r["seconds"] for r in results) for loop, results in runs.items()},
+            "same/exact": ratio("same batches", "exact"),
+            "padded/exact": ratio("padded", "exact"),
+            "same/fast": ratio("same batches", "fast"),
+            "padded/fast": ratio("padded", "fast"),
+            **{
+                f"{loop} MB": statistics.median(r["MB"] for r in runs[loop])
+                for loop in ("exact", "fast", "padded")
+            },
+        }
+    return table
+
+
+def print_table(title: str, rows: dict[str, dict[str, float]]) -> None:
+    columns = list(next(iter(rows.values())))
+    print(f"\n{title}: seconds per epoch, how many times faster, peak memory")
+    print(f"{'':16}" + "".join(f"{column:>14}" for column in columns))
+    for name, row in rows.items():
+        print(f"{name:16}" + "".join(f"{row[column]:14.2f}" for column in columns))
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        loop, directory, strategy, corpus, count = sys.argv[2:]
+        worker(loop, Path(directory), strategy, corpus, int(count))
+        return
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="1 round, 32 short sentences, MiniLM only")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("train_step.json"), help="JSON file (default: %(default)s)"
+    )
+    arguments = parser.parse_args()
+    small = resolve("all-MiniLM-L6-v2")
+    results = {}
+    if arguments.quick:
+        results["all-MiniLM-L6-v2, short"] = measure(small, ["none"], "short", 32, 1)
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            base = save_base_size(Path(temporary) / "base")
+            for corpus in ("mixed", "short"):
+                strategies = ["none", "head:sentiment", "layers:3", "gradual", "backbone"]
+                table = measure(small, strategies, corpus, 192, arguments.rounds)
+                results[f"all-MiniLM-L6-v2, {corpus}"] = table
+                print_table(f"all-MiniLM-L6-v2, {corpus}", table)
+            table = measure(base, ["none", "layers:6", "backbone"], "mixed", 48, arguments.rounds)
+            results["bert-base size, mixed"] = table
+    for title, rows in results.items():
+        print_table(f"{title}, {torch.get_num_threads()} threads", rows)
+    arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\nwrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
