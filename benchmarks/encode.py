@@ -37,7 +37,7 @@ from torch import Tensor
 from benchmarks.load import save_base_size
 from heads.data import DEMO
 from minibert import BertConfig, SentenceEncoder, Tokenizer
-from minibert.fast_inference import uses_onednn
+from minibert.onednn import packs_weights
 from minibert.tokenizer import pad
 from weights import resolve
 
@@ -112,7 +112,7 @@ def products(config: BertConfig, dtype: torch.dtype, packed: bool) -> Callable[[
     for ins, outs in ((hidden, 3 * hidden), (hidden, hidden), (hidden, wide), (wide, hidden)):
         shapes = ((PRODUCT_ROWS, ins), (outs, ins), (outs,))
         x, weight, bias = (torch.randn(shape).to(dtype) for shape in shapes)
-        if packed and uses_onednn(weight):
+        if packed and packs_weights(weight):
             weight = torch.ops.mkldnn._reorder_linear_weight(weight)
             calls.append(partial(torch.ops.mkldnn._linear_pointwise, x, weight, bias, "none", [], "none"))
         else:

@@ -6,7 +6,6 @@ and value as one product and GELU inside the up-projection. docs/performance.md 
 """
 
 import copy
-import platform
 from collections.abc import Callable
 from functools import cache, partial
 from typing import cast
@@ -19,26 +18,11 @@ from torch import Tensor, nn
 from minibert.attention import AttentionFunction, SelfAttention
 from minibert.layers import ACTIVATIONS, EncoderLayer
 from minibert.model import BertModel
+from minibert.onednn import packs_weights
 from minibert.packing import PackedBatch, varlen_attention
 from weights.safetensors_files import release_memory
 
 FUSED_ACTIVATIONS = ("gelu", "relu")  # those that oneDNN computes in the product, under its own names
-
-
-def uses_onednn(weight: Tensor) -> bool:
-    """Whether products with this weight go through oneDNN: on x86 CPUs, in float32 and bfloat16.
-
-    By the kind of CPU and not by a trial run, which could turn out differently the next time and
-    with it the last bits. On x86 oneDNN is faster than MKL where that is slow (AMD) and as fast
-    where it is not. On ARM torch has other kernels.
-    """
-    if weight.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # type: ignore[no-untyped-call]
-        return False
-    if weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32
 
 
 class FusedLinear(nn.Linear):
@@ -56,7 +40,7 @@ class FusedLinear(nn.Linear):
         self.out_features, self.in_features = weight.shape
         self.activation = activation
         self.dtype = weight.dtype
-        self.packed = uses_onednn(weight)
+        self.packed = packs_weights(weight)
         if self.packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight)
         bias = torch.cat([linear.bias.detach() for linear in linears]).to(dtype)  # (out,)
@@ -88,10 +72,7 @@ class FusedAttention(SelfAttention):
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens, H) -> query, key and value of all heads, (tokens, H) each."""
-        states = self.query_key_value(hidden)  # (tokens, 3 H)
-        if not states.is_cuda:
-            states = states.to(hidden.dtype)  # on the CPU attention is slower in bfloat16 than in float32
-        query, key, value = states.chunk(3, dim=-1)
+        query, key, value = self.query_key_value(hidden).chunk(3, dim=-1)
         return query, key, value
 
 

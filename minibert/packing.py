@@ -15,12 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minibert import onednn
+from minibert.attention import eager_attention
 from minibert.config import BertConfig
 from minibert.inputs import check_ids
 
 # The first torch whose varlen_attn can be told not to split a text by the longest one beside it.
 HAS_VARLEN = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 ALIGNMENT = 64  # bytes; the last bits of MKL's products depend on where in a cache line a row begins
+
+SCORES = 2**20  # of attention, formed at a time: 4 MB; measured, see docs/performance.md
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,18 @@ class Packing:
         """An `AttentionFunction` in which a text sees only itself: (N, tokens, D) -> (N, tokens, D)."""
         if HAS_VARLEN and query.is_cuda and query.dtype.itemsize == 2 and not dropout_p:
             return varlen_attention(query, key, value, mask, dropout_p, self.starts, self.longest)
-        head_size = query.shape[-1]
-        states = [query, key, value]
-        if filling := -head_size % (ALIGNMENT // query.element_size()):  # 0 in every published model
-            states = [F.pad(state, (0, filling)) for state in states]
         contexts = []
-        for run in zip(*(self.split(state.transpose(0, 1)) for state in states), strict=True):
+        for run in zip(*(self.split(state.transpose(0, 1)) for state in (query, key, value)), strict=True):
             q, k, v = (state.transpose(1, 2) for state in run)  # (texts, N, length, D)
-            context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=head_size**-0.5)
+            if not onednn.multiplies(q):
+                context = aligned_sdpa(q, k, v, dropout_p)
+            elif torch.is_grad_enabled() or dropout_p:
+                context, _ = eager_attention(q, k, v, None, dropout_p)
+            else:
+                context = onednn_attention(q, k, v)
             contexts.append(context.transpose(1, 2).flatten(0, 1))  # (texts * length, N, D)
         context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)  # (tokens, N, D)
-        return context[..., :head_size].transpose(0, 1), None
+        return context.transpose(0, 1), None
 
     def mean(self, hidden: Tensor) -> Tensor:
         """(tokens, H) -> the mean of each text's tokens, (texts, H), float32 or wider."""
@@ -128,6 +133,35 @@ class PaddedBatch:
         """(tokens, H) -> (B, T, H), zero where the mask is."""
         empty = packed.new_zeros(self.shape.numel(), packed.shape[1])  # (B * T, H)
         return empty.index_copy(0, self.cells, packed).unflatten(0, self.shape)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def onednn_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`eager_attention` of texts of equal length, (texts, N, T, D) -> the same, without gradients.
+
+    In pieces that fit the cache, and with numbers that do not depend on how many texts there are.
+    """
+    heads, length, head_size = query.shape[1:]
+    q, k, v = (state.flatten(0, 1) for state in (query, key, value))  # (texts * N, T, D)
+    step = max(1, SCORES // length**2)  # heads at a time
+    step -= step % heads if step > heads else 0  # those of whole texts
+    context = torch.empty_like(q)
+    memory = q.new_empty(min(step, len(q)), length, length)  # where scores become weights
+    for some_q, some_k, some_v, some_context in zip(*(x.split(step) for x in (q, k, v, context)), strict=True):
+        weights = memory[: len(some_q)]
+        onednn.multiply(some_q, some_k.mT, out=weights, scale=head_size**-0.5)
+        onednn.multiply(torch.softmax(weights, -1, out=weights), some_v, out=some_context)
+    return context.view(query.shape)
+
+
+def aligned_sdpa(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
+    """The same, fused, with rows that MKL always finds at the same place of a cache line."""
+    head_size = query.shape[-1]
+    states = [query, key, value]
+    if filling := -head_size % (ALIGNMENT // query.element_size()):  # 0 in every published model
+        states = [F.pad(state, (0, filling)) for state in states]
+    q, k, v = states
+    context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=head_size**-0.5)
+    return context[..., :head_size]
 
 
 def varlen_attention(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minibert.fast_inference import fast_copy, run
 from minibert.model import BertModel
+from minibert.onednn import onednn_products
 from minibert.packing import HAS_VARLEN, PackedBatch
 from minibert.pooling import cls_pooling, mean_pooling
 from minibert.sentence_transformers_files import module_files, read_modules
@@ -201,7 +202,7 @@ class SentenceEncoder(nn.Module):
             raise ValueError("compile=True needs a GPU, dtype=torch.bfloat16 and torch 2.13: leave it out")
         embeddings = self._empty(len(ids)).zero_()  # a text without any token stays zero
         order = sorted((i for i, row in enumerate(ids) if row), key=lambda i: -len(ids[i]))
-        with torch.no_grad():
+        with torch.no_grad(), onednn_products():
             for batch in _cut(order, ids, batch_size, TOKEN_BUDGET[embeddings.device.type]):
                 packed = PackedBatch.from_rows([ids[i] for i in batch], fast.config, embeddings.device)
                 hidden = run(fast, packed, compiled=self.compiled)  # (tokens, H)

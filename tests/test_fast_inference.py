@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer, fast_inference, sentence_encoder
-from minibert.fast_inference import FusedLinear, fast_copy, run, run_varlen, uses_onednn
+from minibert.fast_inference import FusedLinear, fast_copy, run, run_varlen
+from minibert.onednn import packs_weights
 from minibert.packing import PackedBatch
 
 CPU = torch.device("cpu")
@@ -21,7 +22,7 @@ WORDS = (
     "the quick brown fox jumps over a lazy dog while unbelievable antidisestablishmentarianism 42 é !".split()
 )
 needs_onednn = pytest.mark.skipif(
-    not uses_onednn(torch.zeros(1)), reason="the promise is made for oneDNN's products"
+    not packs_weights(torch.zeros(1)), reason="the promise is made for oneDNN's products"
 )
 
 
@@ -101,7 +102,7 @@ def test_without_onednn_the_numbers_are_the_same(
 ) -> None:
     texts = [text(words, words) for words in range(20)]
     with_it = encoder.encode(texts, convert_to_tensor=True)
-    monkeypatch.setattr(fast_inference, "uses_onednn", lambda weight: False)
+    monkeypatch.setattr(fast_inference, "packs_weights", lambda weight: False)
     fast_inference._COPIES.clear()
     assert not fast_copy(encoder.model).layers[0].attention.output.packed  # type: ignore[union-attr]
     assert relative(encoder.encode(texts, convert_to_tensor=True), with_it) < 1e-6
@@ -294,7 +295,7 @@ def test_two_graphs_serve_every_batch(minilm: Path, monkeypatch: pytest.MonkeyPa
     from torch._dynamo.testing import CompileCounter
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_mask)
-    monkeypatch.setattr(fast_inference, "uses_onednn", lambda weight: False)  # as on a GPU
+    monkeypatch.setattr(fast_inference, "packs_weights", lambda weight: False)  # as on a GPU
     counter = CompileCounter()
     compiled = torch.compile(run_varlen, fullgraph=True, dynamic=True, backend=counter)
     model = BertModel.from_pretrained(minilm)

@@ -1,0 +1,97 @@
+"""oneDNN, which comes with torch: where it multiplies faster than MKL, and how to make torch use it.
+
+docs/performance.md has the measurements.
+"""
+
+import platform
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# torch hands products of fewer multiplications than this to other kernels (its mkldnn_gemm_min_size).
+FEWEST_MULTIPLICATIONS = 16**3
+
+
+def packs_weights(weight: Tensor) -> bool:
+    """Whether a Linear with this weight is to be packed for oneDNN: on x86 CPUs, in float32 and bfloat16.
+
+    By the kind of CPU and not by a trial run, which could turn out differently the next time and
+    with it the last bits. On x86 oneDNN is faster than MKL where that is slow (AMD) and as fast
+    where it is not. On ARM torch has other kernels.
+    """
+    if weight.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # type: ignore[no-untyped-call]
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
+
+
+_lock = threading.Lock()
+_users = 0  # of the setting below: threads may encode at the same time
+_before = "none"
+
+
+@contextmanager
+def onednn_products() -> Iterator[None]:
+    """While active, torch multiplies float32 matrices through oneDNN, if that is exact here.
+
+    torch does so only where it may round them to bfloat16 on the way (fp32_precision "bf16"). oneDNN
+    makes use of that on CPUs with AMX; on others with AVX-512 its products are those of float32, at up
+    to twice the rate of MKL. Elsewhere nothing changes. The setting is the whole process's: meanwhile
+    another thread's products may differ in the last bit.
+    """
+    global _users, _before
+    if not are_exact():
+        yield
+        return
+    setting = torch.backends.mkldnn.matmul
+    with _lock:
+        if _users == 0:
+            _before, setting.fp32_precision = setting.fp32_precision, "bf16"
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                setting.fp32_precision = _before
+
+
+def multiplies(states: Tensor) -> bool:
+    """Whether `multiply` of such states goes through oneDNN now."""
+    if states.dtype == torch.float32:
+        return _users > 0 and states.device.type == "cpu"
+    return states.dtype == torch.bfloat16 and packs_weights(states)
+
+
+def multiply(a: Tensor, b: Tensor, *, out: Tensor, scale: float = 1.0) -> None:
+    """scale * a @ b, (n, i, j) @ (n, j, k) -> (n, i, k); each of the n has the same bits for every n."""
+    count, multiplications = len(a), a.numel() * b.shape[-1]
+    if multiplications <= FEWEST_MULTIPLICATIONS:  # torch would take another kernel, with other last bits
+        copies = FEWEST_MULTIPLICATIONS // multiplications + 1
+        a, b = a.repeat(copies, 1, 1), b.repeat(copies, 1, 1)
+        out.copy_(torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale)[:count])
+    else:
+        torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale, out=out)
+
+
+@cache
+def are_exact() -> bool:
+    """Whether oneDNN's products of float32 are those of float32, with all 24 bits, on this CPU."""
+    # The same question that torch asks before it takes oneDNN: AVX-512, on x86.
+    if not (hasattr(torch.backends.mkldnn, "matmul") and packs_weights(torch.empty(0, dtype=torch.bfloat16))):
+        return False
+    setting = torch.backends.mkldnn.matmul
+    numbers = 1 + torch.arange(64 * 64).view(1, 64, 64) * 2.0**-23  # all alike to bfloat16's 8 bits
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    try:
+        return torch.equal(numbers @ torch.eye(64)[None], numbers)
+    finally:
+        setting.fp32_precision = before
