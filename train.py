@@ -36,8 +36,8 @@ from heads.run_directory import RunDirectory
 from heads.sets import read_sets
 from heads.training_state import Progress, collect, restore
 from minibert import BertModel, Tokenizer
-from minibert.fast_training import OneDnnLinears, mkl_is_slow
 from minibert.freezing import FreezePlan, set_groups
+from minibert.onednn import onednn_products
 from minibert.sentence_encoder import evaluating
 from weights import resolve
 
@@ -410,7 +410,7 @@ def main(argv: list[str] | None = None) -> int:
             options = read_options(argv)
             processes = Processes(options.device, bf16=options.bf16)
             try:
-                with OneDnnLinears() if options.fast and mkl_is_slow() else nullcontext():
+                with onednn_products() if options.fast else nullcontext():
                     run_all(options, processes)
             finally:
                 processes.close()

@@ -78,14 +78,17 @@ def theirs(directory: Path, data: Path, strategy: str, *, shuffled: bool) -> flo
 
     examples = [e for e in read_examples(data, "text", TASKS, split="split") if e.split == "train"]
     names = label_names(examples, list(TASKS))
-    dataset = SentenceDataset(examples, Tokenizer.from_pretrained(directory), names)
+    tokenizer = Tokenizer.from_pretrained(directory)
+    dataset = SentenceDataset(examples, tokenizer, names)
+    their_tokenizer = AutoTokenizer.from_pretrained(directory)
+    their_tokenizer.model_max_length = tokenizer.max_length  # it says 512 where the model's own limit is 256
     epochs = [epoch_batches(dataset, epoch, seed=0, batch_size=BATCH_SIZE) for epoch in range(EPOCHS)]
     if shuffled:
         orders = [torch.randperm(len(dataset)).tolist() for _ in range(EPOCHS)]
         epochs = [[order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)] for order in orders]
     loop = train_with_transformers(
         TransformersMultiTask(directory, [3, 3], seed=0),
-        AutoTokenizer.from_pretrained(directory),
+        their_tokenizer,
         [example.text for example in examples],
         dataset.labels,
         epochs,

@@ -6,7 +6,7 @@ and value as one product and GELU inside the up-projection. docs/performance.md 
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import cast
 from weakref import WeakKeyDictionary
@@ -81,11 +81,19 @@ def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> BertModel:
 
     `dtype` is what the Linears compute in (the weights' own if None); all else stays as in the model.
     """
-    state = (dtype, *((id(p), p._version, p.data_ptr()) for p in model.parameters()))
+    state = (dtype, *((id(p), p._version, p.data_ptr()) for p in _parameters(model)))
     if model not in _COPIES or _COPIES[model][0] != state:
         _COPIES.pop(model, None)  # before its successor takes as much memory
         _COPIES[model] = (state, _make_copy(model, dtype))
     return _COPIES[model][1]
+
+
+def _parameters(model: nn.Module) -> Iterator[Tensor]:
+    """As `model.parameters()`, in a fifth of the time, which would be 4% of encoding one short sentence."""
+    for module in model._modules.values():
+        assert module is not None
+        yield from (parameter for parameter in module._parameters.values() if parameter is not None)
+        yield from _parameters(module)
 
 
 _COPIES: WeakKeyDictionary[BertModel, tuple[object, BertModel]] = WeakKeyDictionary()

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +33,9 @@ def packs_weights(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
+_SETTING: Any = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
 _lock = threading.Lock()
-_users = 0  # of the setting below: threads may encode at the same time
+_users = 0  # of the setting: threads may encode at the same time
 _before = "none"
 
 
@@ -47,51 +49,42 @@ def onednn_products() -> Iterator[None]:
     another thread's products may differ in the last bit.
     """
     global _users, _before
-    if not are_exact():
-        yield
-        return
-    setting = torch.backends.mkldnn.matmul
     with _lock:
-        if _users == 0:
-            _before, setting.fp32_precision = setting.fp32_precision, "bf16"
-        _users += 1
+        exact = are_exact()
+        if exact and _users == 0:
+            _before, _SETTING.fp32_precision = _SETTING.fp32_precision, "bf16"
+        _users += exact
     try:
         yield
     finally:
         with _lock:
-            _users -= 1
-            if _users == 0:
-                setting.fp32_precision = _before
+            _users -= exact
+            if exact and _users == 0:
+                _SETTING.fp32_precision = _before
 
 
 def multiplies(states: Tensor) -> bool:
-    """Whether `multiply` of such states goes through oneDNN now."""
+    """Whether the products of attention on such states, (..., T, D), go through oneDNN now.
+
+    Each of them alone is large enough for it, so that it does not matter how many there are.
+    """
+    length, head_size = states.shape[-2:]
+    if length * length * head_size <= FEWEST_MULTIPLICATIONS:
+        return False
     if states.dtype == torch.float32:
         return _users > 0 and states.device.type == "cpu"
     return states.dtype == torch.bfloat16 and packs_weights(states)
-
-
-def multiply(a: Tensor, b: Tensor, *, out: Tensor, scale: float = 1.0) -> None:
-    """scale * a @ b, (n, i, j) @ (n, j, k) -> (n, i, k); each of the n has the same bits for every n."""
-    count, multiplications = len(a), a.numel() * b.shape[-1]
-    if multiplications <= FEWEST_MULTIPLICATIONS:  # torch would take another kernel, with other last bits
-        copies = FEWEST_MULTIPLICATIONS // multiplications + 1
-        a, b = a.repeat(copies, 1, 1), b.repeat(copies, 1, 1)
-        out.copy_(torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale)[:count])
-    else:
-        torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale, out=out)
 
 
 @cache
 def are_exact() -> bool:
     """Whether oneDNN's products of float32 are those of float32, with all 24 bits, on this CPU."""
     # The same question that torch asks before it takes oneDNN: AVX-512, on x86.
-    if not (hasattr(torch.backends.mkldnn, "matmul") and packs_weights(torch.empty(0, dtype=torch.bfloat16))):
+    if _SETTING is None or not packs_weights(torch.empty(0, dtype=torch.bfloat16)):
         return False
-    setting = torch.backends.mkldnn.matmul
     numbers = 1 + torch.arange(64 * 64).view(1, 64, 64) * 2.0**-23  # all alike to bfloat16's 8 bits
-    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    before, _SETTING.fp32_precision = _SETTING.fp32_precision, "bf16"
     try:
         return torch.equal(numbers @ torch.eye(64)[None], numbers)
     finally:
-        setting.fp32_precision = before
+        _SETTING.fp32_precision = before

@@ -57,7 +57,7 @@ class Packing:
 
     def split(self, packed: Tensor) -> Iterator[Tensor]:
         """The runs of a packed tensor: (tokens, ...) -> (texts, length, ...) for each."""
-        parts = torch.split(packed, [texts * length for texts, length in self.runs])
+        parts = packed.split_with_sizes([texts * length for texts, length in self.runs])
         return (part.view(*run, *part.shape[1:]) for part, run in zip(parts, self.runs, strict=True))
 
     def attend(
@@ -140,16 +140,18 @@ def onednn_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     In pieces that fit the cache, and with numbers that do not depend on how many texts there are.
     """
-    heads, length, head_size = query.shape[1:]
+    length, head_size = query.shape[-2:]
     q, k, v = (state.flatten(0, 1) for state in (query, key, value))  # (texts * N, T, D)
-    step = max(1, SCORES // length**2)  # heads at a time
-    step -= step % heads if step > heads else 0  # those of whole texts
     context = torch.empty_like(q)
+    step = max(1, SCORES // length**2)  # heads at a time
     memory = q.new_empty(min(step, len(q)), length, length)  # where scores become weights
-    for some_q, some_k, some_v, some_context in zip(*(x.split(step) for x in (q, k, v, context)), strict=True):
+    zero, scale = q.new_zeros(1, 1, 1), head_size**-0.5
+    for piece in zip(*(torch.split(x, step) for x in (q, k, v, context)), strict=True):
+        some_q, some_k, some_v, some_context = piece
         weights = memory[: len(some_q)]
-        onednn.multiply(some_q, some_k.mT, out=weights, scale=head_size**-0.5)
-        onednn.multiply(torch.softmax(weights, -1, out=weights), some_v, out=some_context)
+        torch.baddbmm(zero, some_q, some_k.mT, beta=0, alpha=scale, out=weights)
+        torch.softmax(weights, -1, out=weights)
+        torch.bmm(weights, some_v, out=some_context)
     return context.view(query.shape)
 
 
@@ -157,11 +159,13 @@ def aligned_sdpa(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) ->
     """The same, fused, with rows that MKL always finds at the same place of a cache line."""
     head_size = query.shape[-1]
     states = [query, key, value]
-    if filling := -head_size % (ALIGNMENT // query.element_size()):  # 0 in every published model
-        states = [F.pad(state, (0, filling)) for state in states]
+    if query.device.type == "cpu":
+        wide = torch.promote_types(query.dtype, torch.float32)  # bfloat16 is slower here
+        filling = -head_size % (ALIGNMENT // wide.itemsize)  # 0 in every published model
+        states = [F.pad(state.to(wide), (0, filling)) if filling else state.to(wide) for state in states]
     q, k, v = states
     context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=head_size**-0.5)
-    return context[..., :head_size]
+    return context[..., :head_size].to(query.dtype)
 
 
 def varlen_attention(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer, fast_inference, sentence_encoder
+from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer, fast_inference, onednn, sentence_encoder
 from minibert.fast_inference import FusedLinear, fast_copy, run, run_varlen
 from minibert.onednn import packs_weights
 from minibert.packing import PackedBatch
@@ -122,10 +122,19 @@ def test_bfloat16_is_close(minilm: Path) -> None:
 # ------------------------------------------------------------------------------------ batch-invariant
 
 
-@pytest.fixture(scope="module", params=["MiniLM", "MiniLM bfloat16", "odd", "odd bfloat16"])
-def encoder(request: pytest.FixtureRequest, minilm: Path) -> SentenceEncoder:
-    name, _, dtype = request.param.partition(" ")
-    product = torch.bfloat16 if dtype else None
+@pytest.fixture(
+    scope="module",
+    params=["MiniLM", "MiniLM bfloat16", "MiniLM inexact", "odd", "odd bfloat16", "odd inexact"],
+)
+def encoder(request: pytest.FixtureRequest, minilm: Path) -> Iterator[SentenceEncoder]:
+    name, _, variant = request.param.partition(" ")
+    with pytest.MonkeyPatch.context() as patch:
+        if variant == "inexact":  # as on CPUs where oneDNN rounds float32
+            patch.setattr(onednn, "are_exact", lambda: False)
+        yield make_encoder(name, minilm, torch.bfloat16 if variant == "bfloat16" else None)
+
+
+def make_encoder(name: str, minilm: Path, product: torch.dtype | None) -> SentenceEncoder:
     if name == "MiniLM":
         return SentenceEncoder.from_pretrained(minilm, dtype=product)
     torch.manual_seed(0)  # rows that begin anywhere in a cache line

@@ -1,6 +1,7 @@
 """`attention="packed"` and `train.py --fast`: the reference's gradients to rounding, without padding."""
 
 import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,13 @@ from torch import Tensor
 
 import train
 from heads import MLPHead, MultiTaskModel
-from minibert import BertModel, fast_training
-from minibert.fast_inference import uses_onednn
-from minibert.fast_training import OneDnnLinear, OneDnnLinears
+from minibert import BertModel, onednn
+from minibert.onednn import onednn_products
 from tests.conftest import save_small
 
-needs_onednn = pytest.mark.skipif(not uses_onednn(torch.zeros(1)), reason="oneDNN is not used here")
+needs_onednn = pytest.mark.skipif(not onednn.are_exact(), reason="oneDNN is not used here")
 PLAIN = pytest.param(nullcontext, id="MKL")
-ONEDNN = pytest.param(OneDnnLinears, id="oneDNN", marks=needs_onednn)
+ONEDNN = pytest.param(onednn_products, id="oneDNN", marks=needs_onednn)
 
 
 def batch(kind: str, seed: int) -> dict[str, Tensor]:
@@ -39,32 +39,11 @@ def batch(kind: str, seed: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
 
-@needs_onednn
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(64, 5, 7), (100, 39, 37), (129, 64, 128)])
-def test_the_three_products(shape: tuple[int, int, int], bias: bool) -> None:
-    torch.manual_seed(0)
-    rows, inputs, outputs = shape
-    exact = [torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)]
-    wide = [each.double().requires_grad_() for each in exact]
-    narrow = [each.requires_grad_() for each in exact]
-    gradient = torch.randn(rows, outputs)
-    expected = torch.nn.functional.linear(wide[0], wide[1], wide[2] if bias else None)
-    expected.backward(gradient.double())  # type: ignore[no-untyped-call]
-    ours = OneDnnLinear.apply(narrow[0], narrow[1], narrow[2] if bias else None)  # type: ignore[no-untyped-call]
-    ours.backward(gradient)
-    torch.testing.assert_close(ours, expected.float(), atol=1e-5, rtol=1e-5)
-    for a, b in zip(narrow[: 3 if bias else 2], wide, strict=False):
-        assert a.grad is not None
-        assert b.grad is not None
-        torch.testing.assert_close(a.grad, b.grad.float(), atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("products", [PLAIN, ONEDNN])
 @pytest.mark.parametrize("kind", ["right", "left", "random", "full"])
 @pytest.mark.parametrize("frozen", [0, 4])
 def test_gradients_agree_with_the_padded_reference(
-    minilm: Path, products: type[AbstractContextManager[object]], kind: str, frozen: int
+    minilm: Path, products: Callable[[], AbstractContextManager[object]], kind: str, frozen: int
 ) -> None:
     inputs = batch(kind, seed=frozen)
     results: list[tuple[Tensor, dict[str, Tensor]]] = []
@@ -121,29 +100,15 @@ def run(model: Path, output: Path, options: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("onednn", [False, pytest.param(True, marks=needs_onednn)])
+@pytest.mark.parametrize("through_onednn", [False, pytest.param(True, marks=needs_onednn)])
 @pytest.mark.parametrize("freeze", ["none", "layers:1", "backbone"])
 def test_fast_runs_learn_the_same(
-    no_dropout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, freeze: str, onednn: bool
+    no_dropout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, freeze: str, through_onednn: bool
 ) -> None:
-    monkeypatch.setattr(train, "mkl_is_slow", lambda: onednn)
+    monkeypatch.setattr(onednn, "are_exact", lambda: through_onednn)
     reference = run(no_dropout, tmp_path / "reference", f"--freeze {freeze}")
     fast = run(no_dropout, tmp_path / "fast", f"--freeze {freeze} --fast")
     assert len(fast) == len(reference)
     for ours, theirs in zip(fast, reference, strict=True):
         for task, loss in theirs.get("losses", {}).items():
             assert ours["losses"][task] == pytest.approx(loss, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("cpu", "slow"),
-    [
-        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\n", True),
-        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n", False),
-        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\n", False),
-        ("processor\t: 0\nBogoMIPS\t: 50.00\n", False),
-        ("", False),
-    ],
-)
-def test_which_cpus_mkl_is_slow_on(cpu: str, slow: bool) -> None:
-    assert fast_training.multiplies_in_halves(cpu) == slow

@@ -1,0 +1,119 @@
+"""The switch that sends float32 products through oneDNN: exact, and put back as it was found."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minibert import onednn
+from minibert.onednn import are_exact, multiplies, onednn_products
+
+needs_onednn = pytest.mark.skipif(not are_exact(), reason="oneDNN's float32 products are not exact here")
+
+
+def setting() -> str:
+    return str(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("shape", [(64, 5, 7), (100, 39, 37), (129, 64, 128), (300, 384, 1152)])
+def test_linears_are_as_exact_as_ever_forward_and_backward(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    rows, inputs, outputs = shape
+    narrow = [torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)]
+    wide = [each.double().requires_grad_() for each in narrow]
+    narrow = [each.requires_grad_() for each in narrow]
+    gradient = torch.randn(rows, outputs)
+    expected = F.linear(*wide)
+    expected.backward(gradient.double())  # type: ignore[no-untyped-call]
+    with onednn_products():
+        product = F.linear(*narrow)
+        product.backward(gradient)  # type: ignore[no-untyped-call]
+    for ours, exact in [(product, expected), *((a.grad, b.grad) for a, b in zip(narrow, wide, strict=True))]:
+        assert ours is not None
+        assert exact is not None
+        assert (ours - exact).abs().max() < 3e-7 * exact.abs().max() * outputs**0.5
+
+
+def through_onednn(a: torch.Tensor, b: torch.Tensor, capfd: pytest.CaptureFixture[str]) -> bool:
+    """Whether a @ b goes there, by oneDNN's own log."""
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):  # type: ignore[no-untyped-call]
+        _ = a @ b
+    return ",matmul," in capfd.readouterr().out
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_size", [13, 32, 64])
+def test_what_multiplies_says_is_what_torch_does(
+    head_size: int, dtype: torch.dtype, capfd: pytest.CaptureFixture[str]
+) -> None:
+    switched = []
+    for length in range(1, 40):
+        a, b = torch.randn(1, length, head_size).to(dtype), torch.randn(1, head_size, length).to(dtype)
+        assert multiplies(a) == (dtype == torch.bfloat16 and through_onednn(a, b, capfd))
+        with onednn_products():
+            assert multiplies(a) == through_onednn(a, b, capfd)
+            switched.append(multiplies(a))
+    assert set(switched) == {False, True}
+
+
+@needs_onednn
+def test_the_setting_is_put_back() -> None:
+    before = setting()
+    with onednn_products():
+        assert setting() == "bf16"
+        with onednn_products():
+            pass
+        assert setting() == "bf16"
+        with pytest.raises(KeyError), onednn_products():
+            raise KeyError
+    assert setting() == before
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    try:
+        with onednn_products():
+            assert setting() == "bf16"
+        assert setting() == "ieee"
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before  # type: ignore[attr-defined]
+
+
+@needs_onednn
+def test_the_last_thread_to_leave_puts_it_back() -> None:
+    before = setting()
+    entered, leave = threading.Event(), threading.Event()
+
+    def encode() -> None:
+        with onednn_products():
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=encode)
+    with onednn_products():
+        thread.start()
+        entered.wait(10)
+    assert setting() == "bf16"
+    leave.set()
+    thread.join()
+    assert setting() == before
+
+
+def test_where_the_products_are_rounded_nothing_is_switched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "are_exact", lambda: False)
+    before = setting()
+    with onednn_products():
+        assert setting() == before
+        assert not multiplies(torch.zeros(12, 100, 32))
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_rounding_to_bfloat16_is_noticed(monkeypatch: pytest.MonkeyPatch, rounded: bool) -> None:
+    """As on a CPU with AMX."""
+    product = torch.Tensor.__matmul__
+
+    def amx(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return product(a.bfloat16().float(), b.bfloat16().float()) if rounded else product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", amx)
+    monkeypatch.setattr(onednn, "packs_weights", lambda weight: True)
+    assert are_exact.__wrapped__() == (not rounded)
