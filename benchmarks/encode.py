@@ -334,8 +334,9 @@ def measure(
     yield "one short sentence", latency(contenders, arguments.rounds)
     yield "same bits", same_bits(contenders, make_texts(words, "short", arguments.bits))
     if sys.platform == "linux":
-        texts = make_texts(words, "short", 2000 // share)
-        yield f"peak memory, {len(texts):,} short sentences", peak_memory(directory, texts)
+        for count in (1, 2000 // share):  # with nothing but the weights to speak of, and with activations
+            texts = make_texts(words, "short", count)
+            yield f"peak memory, {count:,} short sentences", peak_memory(directory, texts)
 
 
 def machine() -> dict[str, str | int]:

@@ -141,15 +141,20 @@ def onednn_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     In pieces that fit the cache, and with numbers that do not depend on how many texts there are.
     """
     length, head_size = query.shape[-2:]
-    q, k, v = (state.flatten(0, 1) for state in (query, key, value))  # (texts * N, T, D)
+    # The softmax takes 32 numbers of bfloat16 at a time, and what is left one by one.
+    filling = -length % 32 if query.dtype == torch.bfloat16 and length % 32 > 8 else 0
+    q = query.flatten(0, 1)  # (texts * N, T, D)
+    k, v = (F.pad(state, (0, 0, 0, filling)).flatten(0, 1) for state in (key, value))  # (texts * N, T', D)
     context = torch.empty_like(q)
-    step = max(1, SCORES // length**2)  # heads at a time
-    memory = q.new_empty(min(step, len(q)), length, length)  # where scores become weights
+    step = max(1, SCORES // (length * k.shape[1]))  # heads at a time
+    memory = q.new_empty(min(step, len(q)), length, k.shape[1])  # where scores become weights
     zero, scale = q.new_zeros(1, 1, 1), head_size**-0.5
     for piece in zip(*(torch.split(x, step) for x in (q, k, v, context)), strict=True):
         some_q, some_k, some_v, some_context = piece
         weights = memory[: len(some_q)]
         torch.baddbmm(zero, some_q, some_k.mT, beta=0, alpha=scale, out=weights)
+        if filling:
+            weights[..., length:] = -torch.inf
         torch.softmax(weights, -1, out=weights)
         torch.bmm(weights, some_v, out=some_context)
     return context.view(query.shape)
