@@ -300,7 +300,8 @@ def run_all(options: Options, processes: Processes) -> None:
         progress, state = run.load(progress)
     start = replace(options, model=f"{options.output}/last") if state else options
     model = build_model(start, tasks, examples.get("train", [])).to(processes.device)
-    attention = model.encoder.attention = "packed" if options.fast else model.encoder.attention
+    if options.fast:
+        model.encoder.attention = "packed"
     assert model.tokenizer is not None
     sets = {name: SentenceDataset(some, model.tokenizer, model.labels) for name, some in examples.items()}
     if options.eval_only:
@@ -325,7 +326,8 @@ def run_all(options: Options, processes: Processes) -> None:
             train(options, run, model, sets, processes, progress, state)
     if processes.is_first:
         if run is not None and not options.eval_only:
-            model = MultiTaskModel.from_pretrained(run.path / "best", attention=attention).to(processes.device)
+            model = MultiTaskModel.from_pretrained(run.path / "best", attention=model.encoder.attention)
+            model = model.to(processes.device)
         finish(options, run, model, sets, processes, max(0, progress.epoch - 1))
 
 

@@ -143,7 +143,6 @@ def _encode_file(arguments: argparse.Namespace, file: Path, output: Path) -> int
     shard = Shard.parse(arguments.shard) if arguments.shard else Shard.from_torchrun()
     written = encode_file(
         _load(arguments),
-        resolve(arguments.model),
         file,
         output,
         batch_size=arguments.batch_size,
@@ -253,6 +252,7 @@ def _write_embeddings(output: Path, embeddings: NDArray[np.float32]) -> None:
             from safetensors.numpy import save
 
             temporary.write_bytes(save({"embeddings": embeddings}))
+        Path(f"{output}.json").unlink(missing_ok=True)  # the record of an array that was here before
         temporary.replace(output)
     finally:
         temporary.unlink(missing_ok=True)

@@ -79,4 +79,5 @@ class SelfAttention(nn.Module):
 
     def split_heads(self, hidden: Tensor) -> Tensor:
         """(B, T, H) -> (B, N, T, D)."""
-        return hidden.view(*hidden.shape[:-1], -1, self.head_size).transpose(-3, -2)
+        *rows, width = hidden.shape
+        return hidden.view(*rows, width // self.head_size, self.head_size).transpose(-3, -2)

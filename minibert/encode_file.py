@@ -4,24 +4,31 @@ Beside each array lies a record of what it was made from, `out.npy.json`. Until 
 called `out.npy.part` and `out.npy.part.json`, whose `done` says how many rows are on the disk.
 """
 
+import glob
 import hashlib
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from minibert.sentence_encoder import SentenceEncoder
 from minibert.text_lines import Lines, read_lines
-from weights.hub import sha256
 from weights.json_files import read_json, to_json
 
-SHARD_NAME = re.compile(r"-(\d{5})-of-(\d{5})$")
-MODEL_FILES = (".safetensors", ".json", ".txt")
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+SHARD_NAME = re.compile(r"-(\d{5})-of-(\d{5})")
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Shard:
     def from_torchrun(cls) -> "Shard | None":
         """This process's, where torchrun started several."""
         count = int(os.environ.get("WORLD_SIZE", "1"))
-        return cls(int(os.environ["RANK"]) + 1, count) if count > 1 else None
+        return cls(int(os.environ.get("RANK", "0")) + 1, count) if count > 1 else None
 
     def file(self, output: Path) -> Path:
         """out.npy -> out-00002-of-00004.npy."""
@@ -56,7 +63,6 @@ class Shard:
 
 def encode_file(
     encoder: SentenceEncoder,
-    model_directory: Path,
     text: Path,
     output: Path,
     *,
@@ -67,54 +73,59 @@ def encode_file(
 ) -> Path:
     """Writes (lines, H) float32, or a shard's part of it, and returns the file written.
 
-    Args:
-        model_directory: where `encoder` was loaded from; its files go into the record.
-        resume: go on where a stopped run was; start if there is none; do nothing if it is whole.
+    With `resume` it goes on where a stopped run was; starts if there is none; does nothing if it is whole.
 
     Raises:
-        ValueError: the text is empty or not UTF-8; fewer lines than shards; a stopped run lies there
-            and `resume` is false, or it was of another text, model or setting.
+        ValueError: the text is empty, not UTF-8, or changes meanwhile; fewer lines than shards; a
+            stopped run lies there and `resume` is false, or it was of another text, model or setting;
+            another process is at it.
         OSError: a file cannot be read or written, or the disk has no room for the whole array.
     """
+    version = _version(text)
     lines, digest = _scan(text)
+    if shard and lines < shard.count:
+        raise ValueError(f"{text} has {lines} lines, too few for {shard.count} shards")
     start, stop = shard.rows(lines) if shard else (0, lines)
-    if start == stop:
-        raise ValueError(f"{text} has {lines} lines, too few for {shard.count if shard else 1} shards")
+    width = encoder.model.config.hidden_size
     normalize = encoder.normalize_embeddings if normalize_embeddings is None else normalize_embeddings
     task = {
         "text": digest,
-        "model": _fingerprint(model_directory),
+        "model": _fingerprint(encoder),
+        "max_length": encoder.tokenizer.max_length,
+        "pooling": encoder.pooling,
         "normalize_embeddings": normalize,
         "dtype": str(encoder.dtype or encoder.model.embeddings.word.weight.dtype).removeprefix("torch."),
-        "hidden_size": encoder.model.config.hidden_size,
+        "hidden_size": width,
         "lines": lines,
         "start": start,
         "stop": stop,
     }
     target = shard.file(output) if shard else output
     part = Path(f"{target}.part")
-    if resume and target.is_file() and _record(target).is_file():
-        _check_same(target, task)
-        return target
-    done = _rows_done(part, task, resume)
-    blocks = encoder.encode_blocks(Lines(text, start + done, stop), batch_size, normalize)
-    if done == 0:
-        _create(part, stop - start, encoder.model.config.hidden_size)
-    array = np.lib.format.open_memmap(part, mode="r+")
-    try:
-        for block in blocks:
-            array[done : done + len(block)] = block.float().cpu().numpy()
-            array.flush()  # the rows before the record that counts them
-            done += len(block)
-            _write_record(part, task | {"done": done})
-    except BaseException as error:
+    with _alone(part):
+        _tidy(part, target)
+        if resume and not _record(part).is_file() and target.is_file() and _record(target).is_file():
+            _check_whole(target, task)
+            return target
+        done = _rows_done(part, task, resume)
+        blocks = encoder.encode_blocks(Lines(text, start + done, stop), batch_size, normalize)
         if done == 0:
-            part.unlink()
-        elif isinstance(error, KeyboardInterrupt):
-            print(f"\nstopped after {done} of {stop - start} rows: --resume goes on there", file=sys.stderr)
-        raise
-    part.replace(target)
-    _record(part).replace(_record(target))
+            _create(part, stop - start, width)
+        try:
+            for block in blocks:
+                _write(part, done, block.float().cpu().numpy())  # the rows before the record that counts them
+                done += len(block)
+                _write_record(part, task | {"done": done})
+            if done < stop - start or _version(text) != version:
+                _record(part).unlink()  # nobody knows which rows are of which text
+                raise ValueError(f"{text} was changed while it was read: encode it again")
+        except BaseException as error:
+            if not _record(part).is_file():  # nothing to go on from
+                part.unlink()
+            elif isinstance(error, KeyboardInterrupt):
+                print(f"\nstopped after {done} of {stop - start} rows: --resume goes on there", file=sys.stderr)
+            raise
+        _publish(part, target)
     return target
 
 
@@ -124,11 +135,11 @@ def merge(output: Path) -> int:
     Returns how many there were; they are left where they are.
 
     Raises:
-        ValueError: a shard is missing or unfinished, or does not belong to the others.
+        ValueError: a shard is missing or unfinished, damaged, or does not belong to the others.
     """
     shards = {}
-    for file in sorted(output.parent.glob(f"{output.stem}-*-of-*{output.suffix}")):
-        if match := SHARD_NAME.search(file.stem.removeprefix(output.stem)):
+    for file in sorted(output.parent.glob(f"{glob.escape(output.stem)}-*-of-*{output.suffix}")):
+        if match := SHARD_NAME.fullmatch(file.stem.removeprefix(output.stem)):
             shards[Shard(int(match[1]), int(match[2]))] = file
     counts = sorted({shard.count for shard in shards})
     if len(counts) != 1:
@@ -137,22 +148,24 @@ def merge(output: Path) -> int:
     wanted = [Shard(index, counts[0]) for index in range(1, counts[0] + 1)]
     if missing := [shard.file(output).name for shard in wanted if shard not in shards]:
         raise ValueError(f"cannot merge {output}: {', '.join(missing)} not there, or not finished")
-    task = read_json(_record(shards[wanted[0]]))
+    task = _read_record(shards[wanted[0]])
     lines, width = task["lines"], task["hidden_size"]
-    task |= {"start": 0, "stop": lines, "done": lines}
     for shard in wanted:
         start, stop = shard.rows(lines)
-        _check_same(shards[shard], task | {"start": start, "stop": stop, "done": stop - start})
-    part = Path(f"{output}.part")
+        _check_whole(shards[shard], task | {"start": start, "stop": stop, "done": stop - start})
+    part = Path(f"{output}.merging")
     _create(part, lines, width)
-    array = np.lib.format.open_memmap(part, mode="r+")
     for shard in wanted:
-        start, stop = shard.rows(lines)
-        array[start:stop] = np.load(shards[shard], mmap_mode="r")
-    array.flush()
-    part.replace(output)
-    _write_record(output, task)
+        _write(part, shard.rows(lines)[0], np.load(shards[shard], mmap_mode="r"))
+    _write_record(part, task | {"start": 0, "stop": lines, "done": lines})
+    _publish(part, output)
     return len(wanted)
+
+
+def _version(text: Path) -> tuple[int, int]:
+    """Differs once the file has been written to."""
+    status = text.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _scan(text: Path) -> tuple[int, str]:
@@ -165,49 +178,97 @@ def _scan(text: Path) -> tuple[int, str]:
     return lines, digest.hexdigest()
 
 
-def _fingerprint(directory: Path) -> str:
-    """The sha256 of a model's files."""
-    digest = hashlib.sha256()
-    for file in sorted(directory.iterdir()):
-        if file.suffix in MODEL_FILES and file.is_file():
-            digest.update(f"{file.name} {sha256(file)}\n".encode())
+def _fingerprint(encoder: SentenceEncoder) -> str:
+    """The sha256 of all that a text's numbers depend on, beside the settings of a run."""
+    digest = hashlib.sha256(to_json(encoder.model.config.to_dict()))
+    for content in encoder.tokenizer.files().values():
+        digest.update(content)
+    for name, tensor in encoder.model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+@contextmanager
+def _alone(part: Path) -> Iterator[None]:
+    """Raises ValueError if another process writes this file. (Not noticed on Windows.)"""
+    lock = Path(f"{part}.lock")
+    with lock.open("w") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process is killed
+        except BlockingIOError:
+            raise ValueError(f"{part} is being written by another process: wait for it or stop it") from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _tidy(part: Path, target: Path) -> None:
+    """Ends what a kill between the two renames of `_publish` left, or a user who removed only the array."""
+    if _record(part).is_file() and not part.is_file():
+        if target.is_file() and not _record(target).is_file():
+            _record(part).replace(_record(target))
+        else:
+            _record(part).unlink()
 
 
 def _record(file: Path) -> Path:
     return Path(f"{file}.json")
 
 
+def _read_record(file: Path) -> dict[str, Any]:
+    record = read_json(_record(file)) if _record(file).is_file() else {}
+    for key in ("lines", "hidden_size", "start", "stop", "done"):
+        if type(record.get(key)) is not int:
+            raise ValueError(f"{_record(file)} is missing or damaged: remove {file.name} and encode it again")
+    return record
+
+
 def _write_record(file: Path, record: dict[str, Any]) -> None:
-    temporary = Path(f"{file}.json.{os.getpid()}")
+    temporary = Path(f"{file}.json.new")
     temporary.write_bytes(to_json(record))
     temporary.replace(_record(file))
 
 
 def _rows_done(part: Path, task: dict[str, Any], resume: bool) -> int:
     """How many rows of this task an earlier run has left."""
-    if not (part.is_file() and _record(part).is_file()):
+    if not _record(part).is_file():
         return 0
-    done = int(read_json(_record(part)).get("done", 0))
+    record, rows = _read_record(part), task["stop"] - task["start"]
+    done: int = record["done"]
     if not resume:
         raise ValueError(
-            f"{part} holds {done} of {task['stop'] - task['start']} rows of a stopped run: "
-            "go on with it with --resume, or remove it"
+            f"{part} holds {done} of {record['stop'] - record['start']} rows of a stopped run: "
+            f"go on with it with --resume, or remove it and {_record(part).name}"
         )
-    _check_same(part, task)
+    _check_whole(part, task)
+    if not 0 < done <= rows:
+        raise ValueError(f"{_record(part)} says that {done} of {rows} rows are done: remove it and {part.name}")
     return done
 
 
-def _check_same(file: Path, task: dict[str, Any]) -> None:
-    """Raises ValueError, saying what differs, unless the record of `file` agrees with `task`."""
-    record = read_json(_record(file))
+def _check_whole(file: Path, task: dict[str, Any]) -> None:
+    """Raises ValueError, saying what differs, unless record and array of `file` are those of `task`."""
+    record = _read_record(file)
     changed = [f"{key} was {record.get(key)}, is {task[key]}" for key in task if record.get(key) != task[key]]
     if changed:
-        raise ValueError(f"{file} was made otherwise: {'; '.join(changed)}")
+        raise ValueError(f"{file} was made otherwise: {'; '.join(changed)}: remove it, or give another name")
+    shape = (task["stop"] - task["start"], task["hidden_size"])
+    try:
+        array = np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{file} is damaged ({error}): remove it and encode it again") from error
+    if array.shape != shape or array.dtype != np.float32:
+        raise ValueError(
+            f"{file} holds {array.dtype} {array.shape}, not float32 {shape}: remove it and encode it again"
+        )
 
 
 def _create(file: Path, rows: int, width: int) -> None:
     """An array of zeros on the disk, all of whose room is taken now: a full disk is noticed before the work."""
+    _record(file).unlink(missing_ok=True)  # of an earlier file of this name
     array: NDArray[np.float32] = np.lib.format.open_memmap(
         file, mode="w+", dtype=np.float32, shape=(rows, width)
     )
@@ -219,3 +280,17 @@ def _create(file: Path, rows: int, width: int) -> None:
             except OSError as error:
                 file.unlink()
                 raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+def _write(file: Path, row: int, block: NDArray[np.float32]) -> None:
+    """Rows of an array on the disk. It is mapped anew for each block: what was written needs no memory."""
+    array = np.lib.format.open_memmap(file, mode="r+")
+    array[row : row + len(block)] = block
+    array.flush()
+
+
+def _publish(part: Path, target: Path) -> None:
+    """Gives a whole array and its record their names. At no moment is the record another array's."""
+    _record(target).unlink(missing_ok=True)
+    part.replace(target)
+    _record(part).replace(_record(target))

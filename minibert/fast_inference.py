@@ -1,11 +1,12 @@
 """The encoder made fast for inference: the same embeddings and layers, other Linears, no padding.
 
-`hidden_states` runs a model's fast copy on a packed batch. The copy shares the model's embeddings
+`run` runs a model's fast copy on a packed batch. The copy shares the model's embeddings
 and LayerNorms; its Linears hold their weights in the layout that oneDNN multiplies fastest, query, key
 and value as one product and GELU inside the up-projection. docs/performance.md has the measurements.
 """
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import cast
@@ -79,13 +80,24 @@ class FusedAttention(SelfAttention):
 def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> BertModel:
     """The model as `run` wants it. It shares all weights but the Linears', and is made anew when they change.
 
+    (Only what is written into a parameter's `.data` goes unnoticed: torch keeps no record of that.)
     `dtype` is what the Linears compute in (the weights' own if None); all else stays as in the model.
     """
-    state = (dtype, *((id(p), p._version, p.data_ptr()) for p in _parameters(model)))
-    if model not in _COPIES or _COPIES[model][0] != state:
-        _COPIES.pop(model, None)  # before its successor takes as much memory
-        _COPIES[model] = (state, _make_copy(model, dtype))
-    return _COPIES[model][1]
+    state = (
+        dtype,
+        *((id(p), -1 if p.is_inference() else p._version, p.data_ptr()) for p in _parameters(model)),
+    )
+    with _LOCK:
+        if model not in _COPIES or _COPIES[model][0] != state:
+            _COPIES.pop(model, None)  # before its successor takes as much memory
+            _COPIES[model] = (state, _make_copy(model, dtype))
+        return _COPIES[model][1]
+
+
+def _identity(parameter: Tensor) -> tuple[int, int, int]:
+    """Changes with the values. (Those of an inference tensor cannot.)"""
+    version = 0 if parameter.is_inference() else parameter._version
+    return id(parameter), version, parameter.data_ptr()
 
 
 def _parameters(model: nn.Module) -> Iterator[Tensor]:
@@ -96,6 +108,7 @@ def _parameters(model: nn.Module) -> Iterator[Tensor]:
         yield from _parameters(module)
 
 
+_LOCK = threading.Lock()  # threads may encode at the same time
 _COPIES: WeakKeyDictionary[BertModel, tuple[object, BertModel]] = WeakKeyDictionary()
 
 
@@ -113,7 +126,8 @@ def _fuse_layer(layer: EncoderLayer, hidden_act: str, dtype: torch.dtype | None)
     if _are_plain(attention.query, attention.key, attention.value, attention.output):
         layer.attention = FusedAttention(attention, dtype)
     if _are_plain(feed_forward.up, feed_forward.down):
-        fused = hidden_act if hidden_act in FUSED_ACTIVATIONS else None
+        as_published = feed_forward.activation is ACTIVATIONS[hidden_act]
+        fused = hidden_act if hidden_act in FUSED_ACTIVATIONS and as_published else None
         layer.feed_forward.up = FusedLinear(feed_forward.up, activation=fused, dtype=dtype)
         layer.feed_forward.down = FusedLinear(feed_forward.down, dtype=dtype)
         if fused:
@@ -122,7 +136,7 @@ def _fuse_layer(layer: EncoderLayer, hidden_act: str, dtype: torch.dtype | None)
 
 def _are_plain(*modules: nn.Module) -> bool:
     """False for what somebody put in a Linear's place, such as an adapter: it is called, not fused."""
-    return all(type(module) is nn.Linear for module in modules)
+    return all(type(module) is nn.Linear and module.bias is not None for module in modules)
 
 
 def run(fast: BertModel, batch: PackedBatch, *, compiled: bool = False) -> Tensor:

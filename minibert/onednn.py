@@ -82,9 +82,10 @@ def are_exact() -> bool:
     # The same question that torch asks before it takes oneDNN: AVX-512, on x86.
     if _SETTING is None or not packs_weights(torch.empty(0, dtype=torch.bfloat16)):
         return False
-    numbers = 1 + torch.arange(64 * 64).view(1, 64, 64) * 2.0**-23  # all alike to bfloat16's 8 bits
+    kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    numbers = 1 + torch.arange(64 * 64, **kind).view(1, 64, 64) * 2.0**-23  # all alike to bfloat16's 8 bits
     before, _SETTING.fp32_precision = _SETTING.fp32_precision, "bf16"
     try:
-        return torch.equal(numbers @ torch.eye(64)[None], numbers)
+        return torch.equal(numbers @ torch.eye(64, **kind)[None], numbers)
     finally:
         _SETTING.fp32_precision = before

@@ -66,6 +66,8 @@ class Packing:
         """An `AttentionFunction` in which a text sees only itself: (N, tokens, D) -> (N, tokens, D)."""
         if HAS_VARLEN and query.is_cuda and query.dtype.itemsize == 2 and not dropout_p:
             return varlen_attention(query, key, value, mask, dropout_p, self.starts, self.longest)
+        if not self.runs:
+            return query, None
         contexts = []
         for run in zip(*(self.split(state.transpose(0, 1)) for state in (query, key, value)), strict=True):
             q, k, v = (state.transpose(1, 2) for state in run)  # (texts, N, length, D)
@@ -144,7 +146,9 @@ def onednn_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     # The softmax takes 32 numbers of bfloat16 at a time, and what is left one by one.
     filling = -length % 32 if query.dtype == torch.bfloat16 and length % 32 > 8 else 0
     q = query.flatten(0, 1)  # (texts * N, T, D)
-    k, v = (F.pad(state, (0, 0, 0, filling)).flatten(0, 1) for state in (key, value))  # (texts * N, T', D)
+    if filling:
+        key, value = (F.pad(state, (0, 0, 0, filling)) for state in (key, value))  # (texts, N, T', D)
+    k, v = (state.flatten(0, 1) for state in (key, value))  # (texts * N, T', D)
     context = torch.empty_like(q)
     step = max(1, SCORES // (length * k.shape[1]))  # heads at a time
     memory = q.new_empty(min(step, len(q)), length, k.shape[1])  # where scores become weights
@@ -161,7 +165,10 @@ def onednn_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def aligned_sdpa(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
-    """The same, fused, with rows that MKL always finds at the same place of a cache line."""
+    """`sdpa_attention` of texts of equal length, (texts, N, T, D) -> the same.
+
+    MKL finds every row at the same place of a cache line.
+    """
     head_size = query.shape[-1]
     states = [query, key, value]
     if query.device.type == "cpu":
@@ -182,7 +189,7 @@ def varlen_attention(
     starts: Tensor,
     longest: int,
 ) -> tuple[Tensor, None]:
-    """`PackedBatch.attend` as one kernel for all runs: on CUDA, in bfloat16 and float16, without dropout."""
+    """`Packing.attend` as one kernel for all runs: on CUDA, in bfloat16 and float16, without dropout."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (states.transpose(0, 1) for states in (query, key, value))  # (tokens, N, D)

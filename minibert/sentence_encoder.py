@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, SupportsIndex, overload
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 POOLINGS = {"mean": mean_pooling, "cls": cls_pooling}
-TOKEN_BUDGET = {"cpu": 2048, "cuda": 32768}  # tokens per batch; measured, see docs/performance.md
+TOKEN_BUDGET = {"cpu": 2048, "gpu": 32768}  # tokens per batch; measured, see docs/performance.md
 BLOCK_SENTENCES, BLOCK_CHARACTERS = 4096, 1_000_000  # that are read, tokenized and sorted together
 
 
@@ -129,8 +129,9 @@ class SentenceEncoder(nn.Module):
     ) -> NDArray[np.float32] | Tensor:
         """Embeds one sentence as (H,), several as (n, H) in the order given, none as (0, H).
 
-        A sentence's numbers are the same to the last bit whatever else is encoded with it (see
-        docs/performance.md), and within 1e-6 of `forward`, which pads.
+        A sentence's numbers are the same to the last bit whatever else is encoded with it (where:
+        docs/performance.md). In float32 they differ from those of `forward`, which pads, by at most
+        1e-6 of the embedding's length.
 
         Args:
             sentences: a string, or any iterable of strings, which is read block by block.
@@ -202,8 +203,9 @@ class SentenceEncoder(nn.Module):
             raise ValueError("compile=True needs a GPU, dtype=torch.bfloat16 and torch 2.13: leave it out")
         embeddings = self._empty(len(ids)).zero_()  # a text without any token stays zero
         order = sorted((i for i, row in enumerate(ids) if row), key=lambda i: -len(ids[i]))
-        with torch.no_grad(), onednn_products():
-            for batch in _cut(order, ids, batch_size, TOKEN_BUDGET[embeddings.device.type]):
+        on_cpu = embeddings.device.type == "cpu"
+        with torch.no_grad(), onednn_products() if on_cpu else nullcontext():
+            for batch in _cut(order, ids, batch_size, TOKEN_BUDGET["cpu" if on_cpu else "gpu"]):
                 packed = PackedBatch.from_rows([ids[i] for i in batch], fast.config, embeddings.device)
                 hidden = run(fast, packed, compiled=self.compiled)  # (tokens, H)
                 pool = packed.packing.mean if self.pooling == "mean" else packed.packing.first

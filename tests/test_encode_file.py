@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from minibert import SentenceEncoder, sentence_encoder
 from minibert.__main__ import main
@@ -136,7 +137,10 @@ def test_another_run_cannot_be_gone_on_with(
         text.write_text("\n".join(LINES[::-1]) + "\n")
     elif change == "model":
         model = text.parent / "model"
-        SentenceEncoder.from_pretrained(small).save_pretrained(model)
+        encoder = SentenceEncoder.from_pretrained(small)
+        with torch.no_grad():
+            encoder.model.get_parameter("layers.1.feed_forward.up.bias")[5] += 1e-3
+        encoder.save_pretrained(model)
     options = change if isinstance(change, list) else ["--normalize"]
     assert encode(model, text, "--resume", *options) == 2
     assert message in capsys.readouterr().err
@@ -167,7 +171,136 @@ def test_a_full_disk_is_noticed_before_the_work(
     assert files(text) == set()
 
 
+def test_where_a_model_lies_does_not_matter(small: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1, KeyboardInterrupt())
+        assert encode(small, text) == 130
+    copy = text.parent / "copy"
+    SentenceEncoder.from_pretrained(small).save_pretrained(copy)
+    assert encode(copy, text, "--resume") == 0
+
+
+def test_only_the_array_was_removed(small: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its record must not make zeros of the next run's rows."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, KeyboardInterrupt())
+        assert encode(small, text) == 130
+    text.with_name("out.npy.part").unlink()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 0, SystemExit())
+        with pytest.raises(SystemExit):
+            encode(small, text)
+    assert encode(small, text, "--resume") == 0
+    np.testing.assert_array_equal(
+        np.load(text.with_name("out.npy")), SentenceEncoder.from_pretrained(small).encode(LINES)
+    )
+
+
+def test_a_kill_between_the_two_renames(small: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert encode(small, text) == 0
+    text.with_name("out.npy.json").replace(text.with_name("out.npy.part.json"))
+    before = text.with_name("out.npy").stat().st_mtime_ns
+    assert encode(small, text, "--resume") == 0
+    assert text.with_name("out.npy").stat().st_mtime_ns == before  # nothing was encoded again
+    assert files(text) == {"out.npy", "out.npy.json"}
+
+
+def test_a_stopped_run_counts_for_more_than_an_older_whole_one(
+    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert encode(small, text) == 0
+    text.write_text("\n".join(LINES[::-1]) + "\n")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, KeyboardInterrupt())
+        assert encode(small, text) == 130
+    assert encode(small, text, "--resume") == 0
+    np.testing.assert_array_equal(
+        np.load(text.with_name("out.npy")), SentenceEncoder.from_pretrained(small).encode(LINES[::-1])
+    )
+
+
+@pytest.mark.parametrize("change", ["shorter", "other"])
+def test_a_text_that_changes_meanwhile(
+    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str
+) -> None:
+    whole = sentence_encoder._read_block
+    lines = LINES[:6] if change == "shorter" else LINES[::-1]
+
+    def read_block(texts: Iterator[str]) -> list[str]:
+        text.write_text("\n".join(lines) + "\n")
+        return whole(texts)
+
+    monkeypatch.setattr(sentence_encoder, "_read_block", read_block)
+    assert encode(small, text) == 2
+    assert "in.txt was changed while it was read: encode it again" in capsys.readouterr().err
+    assert files(text) == set()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda out: out.with_name("out.npy.json").write_text("{}"),
+            "out.npy.json is missing or damaged: remove",
+        ),
+        (lambda out: out.write_bytes(out.read_bytes()[:-40]), "out.npy is damaged ("),
+        (lambda out: out.write_bytes(b""), "out.npy is damaged ("),
+        (
+            lambda out: np.save(out, np.zeros((1, 36), np.float32)),
+            "out.npy holds float32 (1, 36), not float32 (23, 36)",
+        ),
+    ],
+)
+def test_a_damaged_result_is_not_called_whole(
+    small: Path, text: Path, capsys: pytest.CaptureFixture[str], damage: Any, message: str
+) -> None:
+    assert encode(small, text) == 0
+    damage(text.with_name("out.npy"))
+    assert encode(small, text, "--resume") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_another_array_of_that_name_does_not_keep_the_record(small: Path, text: Path) -> None:
+    assert encode(small, text) == 0
+    assert main(["encode", "--model", str(small), "a sentence", "-o", str(text.with_name("out.npy"))]) == 0
+    assert files(text) == {"out.npy"}
+    assert encode(small, text, "--resume") == 0
+    assert len(np.load(text.with_name("out.npy"))) == 23
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_two_processes_do_not_write_one_file(
+    small: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import fcntl
+
+    with text.with_name("out.npy.part.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert encode(small, text) == 2
+        assert "out.npy.part is being written by another process" in capsys.readouterr().err
+    assert encode(small, text) == 0
+
+
 # -------------------------------------------------------------------------------------------- shards
+
+
+def test_shards_of_a_longer_name_are_others(small: Path, text: Path) -> None:
+    for shard in ("1/2", "2/2"):
+        assert encode(small, text, "--shard", shard, output="out.npy") == 0
+        assert encode(small, text, "--shard", shard, "--normalize", output="out-v2.npy") == 0
+    assert main(["merge", str(text.with_name("out.npy"))]) == 0
+    np.testing.assert_array_equal(
+        np.load(text.with_name("out.npy")), SentenceEncoder.from_pretrained(small).encode(LINES)
+    )
+
+
+def test_a_damaged_shard_is_named(small: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for shard in ("1/2", "2/2"):
+        assert encode(small, text, "--shard", shard) == 0
+    np.save(text.with_name("out-00002-of-00002.npy"), np.zeros((1, 36), np.float32))
+    assert main(["merge", str(text.with_name("out.npy"))]) == 2
+    assert "out-00002-of-00002.npy holds float32 (1, 36), not float32 (12, 36)" in capsys.readouterr().err
+    assert not any("merging" in name for name in files(text))
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 23])
@@ -228,6 +361,7 @@ def test_shards_of_different_runs_are_not_merged(
         (["--shard", "3/2"], "--shard 3/2: give I/N"),
         (["--shard", "two"], "--shard two: give I/N"),
         (["--shard", "1/24"], "in.txt has 23 lines, too few for 24 shards"),
+        (["--shard", "24/24"], "in.txt has 23 lines, too few for 24 shards"),
         (["--device", "tpu"], "--device tpu: "),
     ],
 )

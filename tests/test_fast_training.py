@@ -12,7 +12,7 @@ from torch import Tensor
 
 import train
 from heads import MLPHead, MultiTaskModel
-from minibert import BertModel, onednn
+from minibert import BertModel, onednn, packing
 from minibert.onednn import onednn_products
 from tests.conftest import save_small
 
@@ -53,12 +53,12 @@ def test_gradients_agree_with_the_padded_reference(
         model = MultiTaskModel(encoder, {"a": MLPHead(384, 256, 3), "b": MLPHead(384, 128, 2)}).eval()
         for part in [encoder.embeddings, *encoder.layers[:frozen]] if frozen else []:
             part.requires_grad_(False)
+        rows = inputs["attention_mask"].sum(1) > 0  # of an empty text the reference's layers make something
         with context:
             logits = model(**inputs).logits
-        rows = inputs["attention_mask"].sum(1) > 0  # of an empty text the reference's layers make something
-        loss = sum(each[rows].logsumexp(-1).sum() - each[rows, 0].sum() for each in logits.values())
-        assert isinstance(loss, Tensor)
-        loss.backward()  # type: ignore[no-untyped-call]
+            loss = sum(each[rows].logsumexp(-1).sum() - each[rows, 0].sum() for each in logits.values())
+            assert isinstance(loss, Tensor)
+            loss.backward()  # type: ignore[no-untyped-call]
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         results.append((torch.cat(list(logits.values()), 1)[rows], gradients))
     (expected, reference), (ours, fast) = results
@@ -79,6 +79,13 @@ def test_what_the_mask_hides_is_zero_and_is_not_read(minilm: Path) -> None:
         assert torch.equal(model(**inputs).last_hidden_state, hidden)
     assert (hidden[inputs["attention_mask"] == 0] == 0).all()
     assert (hidden[inputs["attention_mask"] == 1].abs().amax(-1) > 0).all()
+
+
+def test_a_batch_of_padding_is_zero(tiny: Path) -> None:
+    model = BertModel.from_pretrained(tiny, attention="packed")
+    with torch.no_grad():
+        hidden = model(torch.ones(2, 3, dtype=torch.int64), torch.zeros(2, 3)).last_hidden_state
+    assert torch.equal(hidden, torch.zeros(2, 3, 36))
 
 
 # -------------------------------------------------------------------------------------------- train.py
@@ -107,7 +114,16 @@ def test_fast_runs_learn_the_same(
 ) -> None:
     monkeypatch.setattr(onednn, "are_exact", lambda: through_onednn)
     reference = run(no_dropout, tmp_path / "reference", f"--freeze {freeze}")
+    used: set[str] = set()
+    attend = packing.Packing.attend
+
+    def spy(*arguments: Any) -> Any:
+        used.add(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
+        return attend(*arguments)
+
+    monkeypatch.setattr(packing.Packing, "attend", spy)
     fast = run(no_dropout, tmp_path / "fast", f"--freeze {freeze} --fast")
+    assert used == ({"bf16"} if through_onednn else {"none"})
     assert len(fast) == len(reference)
     for ours, theirs in zip(fast, reference, strict=True):
         for task, loss in theirs.get("losses", {}).items():

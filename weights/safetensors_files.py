@@ -95,7 +95,7 @@ def release_memory(tensors: Iterable[Tensor]) -> None:
     mapped = []
     for line in maps.read_text().splitlines():
         addresses, *_, last = line.split(maxsplit=5)
-        if last.startswith("/") and last.endswith(".safetensors"):
+        if last.startswith("/"):  # a file; in the hub's cache its name is that of a blob
             mapped.append(tuple(int(address, 16) for address in addresses.split("-")))
     page, libc = os.sysconf("SC_PAGE_SIZE"), ctypes.CDLL(None)
     for tensor in tensors:
