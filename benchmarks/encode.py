@@ -324,6 +324,10 @@ def measure(
     """Tables and their titles; of each corpus one `share`-th."""
     config = BertConfig.from_pretrained(directory)
     limit = min(512, config.max_position_embeddings)
+    if sys.platform == "linux":
+        for count in (1, 2000 // share):  # the weights and little else, and with activations
+            texts = make_texts(words, "short", count)
+            yield f"peak memory, {count:,} short sentence(s)", peak_memory(directory, texts)
     contenders = find_contenders(directory, limit)
     for kind, count in COUNTS.items():
         texts = make_texts(words, kind, count // share)
@@ -333,10 +337,6 @@ def measure(
         yield f"{kind}: {len(texts)} texts, {sum(lengths):,} tokens", rows
     yield "one short sentence", latency(contenders, arguments.rounds)
     yield "same bits", same_bits(contenders, make_texts(words, "short", arguments.bits))
-    if sys.platform == "linux":
-        for count in (1, 2000 // share):  # with nothing but the weights to speak of, and with activations
-            texts = make_texts(words, "short", count)
-            yield f"peak memory, {count:,} short sentences", peak_memory(directory, texts)
 
 
 def machine() -> dict[str, str | int]:

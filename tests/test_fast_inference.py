@@ -244,7 +244,7 @@ def changes() -> Iterator[tuple[str, object]]:
         model.layers[1].feed_forward.down = nn.Linear(37, 36, bias=False)  # type: ignore[union-attr]
 
     def activation(model: BertModel) -> None:
-        model.get_submodule("layers.0.feed_forward").activation = torch.relu
+        model.get_submodule("layers.0.feed_forward").activation = nn.ReLU()
         model.layers[0].feed_forward.up = nn.Linear(36, 37)  # type: ignore[union-attr]
 
     yield from {"no bias": no_bias, "activation": activation}.items()
