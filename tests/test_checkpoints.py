@@ -20,6 +20,7 @@ from weights import CheckpointError, load_checkpoint
 from weights.checkpoint import collapse_layers
 from weights.convert import convert
 from weights.key_maps import FAMILIES
+from weights.safetensors_files import read_file, release_memory
 
 
 @pytest.fixture
@@ -493,3 +494,23 @@ def test_load_checkpoint_reads_fields_and_our_names(tiny: Path) -> None:
     assert (
         checkpoint.published["layers.1.feed_forward.up.weight"] == "encoder.layer.1.intermediate.dense.weight"
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="what lies in memory is not told here")
+@pytest.mark.parametrize("name", ["model.safetensors", "68d45e234eb4a928"])  # the latter as in the hub's cache
+def test_released_weights_take_no_memory_and_are_still_there(tmp_path: Path, name: str) -> None:
+    save_file({"weight": torch.arange(2_000_000.0)}, tmp_path / name)
+    os.sync()  # pages that are still to be written stay
+    weight = read_file(tmp_path / name)["weight"]
+
+    def resident() -> int:
+        """Kilobytes of the file in this process's memory."""
+        parts = Path("/proc/self/smaps").read_text().split(str(tmp_path / name))[1:]
+        return sum(int(part.split("Rss:")[1].split()[0]) for part in parts)
+
+    total = weight.double().sum()
+    before = resident()
+    assert before > 7_000
+    release_memory([weight])
+    assert resident() < before / 10
+    assert weight.double().sum() == total
