@@ -29,15 +29,26 @@ SCORES = 2**20  # of attention, formed at a time: 4 MB; measured, see docs/perfo
 
 @dataclass(frozen=True)
 class Packing:
-    """Which tokens belong together: `runs`, (texts, length of each) in order. On `device`."""
+    """Which tokens belong together: `runs`, (texts, length of each) in order. On `device`.
+
+    After them come `filling` tokens that belong to no text.
+    """
 
     runs: tuple[tuple[int, int], ...]
     device: torch.device
+    filling: int = 0
 
     @classmethod
-    def of(cls, lengths: Iterable[int], device: torch.device) -> Self:
-        """Of texts of these lengths, none of them 0; equal ones must be neighbours."""
-        return cls(tuple((len(list(run)), length) for length, run in groupby(lengths)), device)
+    def of(cls, lengths: Iterable[int], device: torch.device, *, fill: bool = False) -> Self:
+        """Of texts of these lengths, none of them 0; equal ones must be neighbours.
+
+        With `fill` the tokens are filled up to one of a few numbers. (oneDNN keeps code for every number
+        of rows that it has met: 0.5 MB and 1 to 3 ms for each of them and each Linear.)
+        """
+        runs = tuple((len(list(run)), length) for length, run in groupby(lengths))
+        tokens = sum(texts * length for texts, length in runs)
+        step = 64 if tokens > 512 else 16 if tokens > 64 else 1
+        return cls(runs, device, -tokens % step if fill else 0)
 
     @cached_property
     def starts(self) -> Tensor:
@@ -57,8 +68,8 @@ class Packing:
 
     def split(self, packed: Tensor) -> Iterator[Tensor]:
         """The runs of a packed tensor: (tokens, ...) -> (texts, length, ...) for each."""
-        parts = packed.split_with_sizes([texts * length for texts, length in self.runs])
-        return (part.view(*run, *part.shape[1:]) for part, run in zip(parts, self.runs, strict=True))
+        parts = packed.split_with_sizes([*(texts * length for texts, length in self.runs), self.filling])
+        return (part.view(*run, *part.shape[1:]) for part, run in zip(parts, self.runs, strict=False))
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float
@@ -78,6 +89,8 @@ class Packing:
             else:
                 context = onednn_attention(q, k, v)
             contexts.append(context.transpose(1, 2).flatten(0, 1))  # (texts * length, N, D)
+        if self.filling:
+            contexts.append(contexts[0].new_zeros(self.filling, *contexts[0].shape[1:]))
         context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)  # (tokens, N, D)
         return context.transpose(0, 1), None
 
@@ -109,11 +122,12 @@ class PackedBatch:
         Raises:
             ValueError: an id outside the vocabulary, or a text longer than the model has positions for.
         """
-        packing = Packing.of(map(len, rows), device)
+        packing = Packing.of(map(len, rows), device, fill=device.type == "cpu")
         ids = torch.tensor([token for row in rows for token in row])  # (tokens,)
         check_ids(config, ids, packing.longest)
         positions = torch.cat([torch.arange(length).repeat(texts) for texts, length in packing.runs])
-        return cls(ids.to(device), positions.to(device), packing)
+        input_ids, position_ids = (F.pad(each, (0, packing.filling)) for each in (ids, positions))
+        return cls(input_ids.to(device), position_ids.to(device), packing)
 
 
 class PaddedBatch:
