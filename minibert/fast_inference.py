@@ -83,10 +83,7 @@ def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> BertModel:
     (Only what is written into a parameter's `.data` goes unnoticed: torch keeps no record of that.)
     `dtype` is what the Linears compute in (the weights' own if None); all else stays as in the model.
     """
-    state = (
-        dtype,
-        *((id(p), -1 if p.is_inference() else p._version, p.data_ptr()) for p in _parameters(model)),
-    )
+    state = (dtype, *(_identity(parameter) for parameter in _parameters(model)))
     with _LOCK:
         if model not in _COPIES or _COPIES[model][0] != state:
             _COPIES.pop(model, None)  # before its successor takes as much memory
