@@ -164,10 +164,10 @@ def onednn_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         key, value = (F.pad(state, (0, 0, 0, filling)) for state in (key, value))  # (texts, N, T', D)
     k, v = (state.flatten(0, 1) for state in (key, value))  # (texts * N, T', D)
     context = torch.empty_like(q)
-    step = max(1, SCORES // (length * k.shape[1]))  # heads at a time
-    memory = q.new_empty(min(step, len(q)), length, k.shape[1])  # where scores become weights
+    sizes = round_sizes(len(q), most=SCORES // (length * k.shape[1]))  # heads at a time
+    memory = q.new_empty(sizes[0], length, k.shape[1])  # where scores become weights
     zero, scale = q.new_zeros(1, 1, 1), head_size**-0.5
-    for piece in zip(*(torch.split(x, step) for x in (q, k, v, context)), strict=True):
+    for piece in zip(*(x.split_with_sizes(sizes) for x in (q, k, v, context)), strict=True):
         some_q, some_k, some_v, some_context = piece
         weights = memory[: len(some_q)]
         torch.baddbmm(zero, some_q, some_k.mT, beta=0, alpha=scale, out=weights)
@@ -176,6 +176,20 @@ def onednn_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         torch.softmax(weights, -1, out=weights)
         torch.bmm(weights, some_v, out=some_context)
     return context.view(query.shape)
+
+
+def round_sizes(total: int, most: int) -> list[int]:
+    """`total` as a sum of few numbers out of 1, 2, 3, 4, 6, 8, 12, 16, ..., falling, none above `most`.
+
+    oneDNN keeps half a megabyte for every size of product that it has met: a long run should meet few.
+    """
+    sizes = []
+    while total:
+        limit = min(total, max(most, 1))
+        power = 1 << (limit.bit_length() - 1)
+        sizes.append(power * 3 // 2 if power * 3 // 2 <= limit else power)
+        total -= sizes[-1]
+    return sizes
 
 
 def aligned_sdpa(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:

@@ -18,7 +18,7 @@ from heads.data import DEMO
 from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer, fast_inference, onednn, sentence_encoder
 from minibert.fast_inference import FusedLinear, fast_copy, run, run_varlen
 from minibert.onednn import packs_weights
-from minibert.packing import PackedBatch
+from minibert.packing import PackedBatch, round_sizes
 
 CPU = torch.device("cpu")
 WORDS = (
@@ -291,6 +291,21 @@ def test_batches_come_in_few_sizes(tokens: int, rows: int) -> None:
     """Else oneDNN would keep code for each size that a million sentences bring."""
     batch = PackedBatch.from_rows([[7] * tokens], BertConfig(max_position_embeddings=5000), CPU)
     assert len(batch.input_ids) == len(batch.position_ids) == rows
+
+
+@pytest.mark.parametrize(
+    ("total", "most", "expected"),
+    [
+        (12, 99, [12]),
+        (12, 8, [8, 4]),
+        (12, 7, [6, 6]),
+        (1, 0, [1]),
+        (3, 0, [1, 1, 1]),
+        (60, 99, [48, 12]),
+    ],
+)
+def test_attention_comes_in_few_sizes(total: int, most: int, expected: list[int]) -> None:
+    assert round_sizes(total, most) == expected
 
 
 def test_packing_keeps_positions_and_order(minilm: Path) -> None:
