@@ -247,12 +247,14 @@ def _write_embeddings(output: Path, embeddings: NDArray[np.float32]) -> None:
         if output.suffix == ".npy":
             import numpy as np
 
+            from minibert.encode_file import record_file
+
             np.save(temporary, embeddings)
+            record_file(output).unlink(missing_ok=True)  # of an array that was here before
         else:
             from safetensors.numpy import save
 
             temporary.write_bytes(save({"embeddings": embeddings}))
-        Path(f"{output}.json").unlink(missing_ok=True)  # the record of an array that was here before
         temporary.replace(output)
     finally:
         temporary.unlink(missing_ok=True)

@@ -104,7 +104,7 @@ def encode_file(
     part = Path(f"{target}.part")
     with _alone(part):
         _tidy(part, target)
-        if resume and not _record(part).is_file() and target.is_file() and _record(target).is_file():
+        if resume and not record_file(part).is_file() and target.is_file() and record_file(target).is_file():
             _check_whole(target, task)
             return target
         done = _rows_done(part, task, resume)
@@ -117,10 +117,10 @@ def encode_file(
                 done += len(block)
                 _write_record(part, task | {"done": done})
             if done < stop - start or _version(text) != version:
-                _record(part).unlink()  # nobody knows which rows are of which text
+                record_file(part).unlink()  # nobody knows which rows are of which text
                 raise ValueError(f"{text} was changed while it was read: encode it again")
         except BaseException as error:
-            if not _record(part).is_file():  # nothing to go on from
+            if not record_file(part).is_file():  # nothing to go on from
                 part.unlink()
             elif isinstance(error, KeyboardInterrupt):
                 print(f"\nstopped after {done} of {stop - start} rows: --resume goes on there", file=sys.stderr)
@@ -207,45 +207,50 @@ def _alone(part: Path) -> Iterator[None]:
 
 def _tidy(part: Path, target: Path) -> None:
     """Ends what a kill between the two renames of `_publish` left, or a user who removed only the array."""
-    if _record(part).is_file() and not part.is_file():
-        if target.is_file() and not _record(target).is_file():
-            _record(part).replace(_record(target))
+    if record_file(part).is_file() and not part.is_file():
+        if target.is_file() and not record_file(target).is_file():
+            record_file(part).replace(record_file(target))
         else:
-            _record(part).unlink()
+            record_file(part).unlink()
 
 
-def _record(file: Path) -> Path:
+def record_file(file: Path) -> Path:
+    """out.npy -> out.npy.json, what the array was made from."""
     return Path(f"{file}.json")
 
 
 def _read_record(file: Path) -> dict[str, Any]:
-    record = read_json(_record(file)) if _record(file).is_file() else {}
+    record = read_json(record_file(file)) if record_file(file).is_file() else {}
     for key in ("lines", "hidden_size", "start", "stop", "done"):
         if type(record.get(key)) is not int:
-            raise ValueError(f"{_record(file)} is missing or damaged: remove {file.name} and encode it again")
+            raise ValueError(
+                f"{record_file(file)} is missing or damaged: remove {file.name} and encode it again"
+            )
     return record
 
 
 def _write_record(file: Path, record: dict[str, Any]) -> None:
     temporary = Path(f"{file}.json.new")
     temporary.write_bytes(to_json(record))
-    temporary.replace(_record(file))
+    temporary.replace(record_file(file))
 
 
 def _rows_done(part: Path, task: dict[str, Any], resume: bool) -> int:
     """How many rows of this task an earlier run has left."""
-    if not _record(part).is_file():
+    if not record_file(part).is_file():
         return 0
     record, rows = _read_record(part), task["stop"] - task["start"]
     done: int = record["done"]
     if not resume:
         raise ValueError(
             f"{part} holds {done} of {record['stop'] - record['start']} rows of a stopped run: "
-            f"go on with it with --resume, or remove it and {_record(part).name}"
+            f"go on with it with --resume, or remove it and {record_file(part).name}"
         )
     _check_whole(part, task)
     if not 0 < done <= rows:
-        raise ValueError(f"{_record(part)} says that {done} of {rows} rows are done: remove it and {part.name}")
+        raise ValueError(
+            f"{record_file(part)} says that {done} of {rows} rows are done: remove it and {part.name}"
+        )
     return done
 
 
@@ -268,7 +273,7 @@ def _check_whole(file: Path, task: dict[str, Any]) -> None:
 
 def _create(file: Path, rows: int, width: int) -> None:
     """An array of zeros on the disk, all of whose room is taken now: a full disk is noticed before the work."""
-    _record(file).unlink(missing_ok=True)  # of an earlier file of this name
+    record_file(file).unlink(missing_ok=True)  # of an earlier file of this name
     array: NDArray[np.float32] = np.lib.format.open_memmap(
         file, mode="w+", dtype=np.float32, shape=(rows, width)
     )
@@ -291,6 +296,6 @@ def _write(file: Path, row: int, block: NDArray[np.float32]) -> None:
 
 def _publish(part: Path, target: Path) -> None:
     """Gives a whole array and its record their names. At no moment is the record another array's."""
-    _record(target).unlink(missing_ok=True)
+    record_file(target).unlink(missing_ok=True)
     part.replace(target)
-    _record(part).replace(_record(target))
+    record_file(part).replace(record_file(target))

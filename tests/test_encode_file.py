@@ -268,6 +268,13 @@ def test_another_array_of_that_name_does_not_keep_the_record(small: Path, text: 
     assert len(np.load(text.with_name("out.npy"))) == 23
 
 
+def test_a_file_of_the_user_stays(small: Path, text: Path) -> None:
+    mine = text.with_name("out.safetensors.json")
+    mine.write_text("mine")
+    assert encode(small, text, output="out.safetensors") == 0
+    assert mine.read_text() == "mine"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
 def test_two_processes_do_not_write_one_file(
     small: Path, text: Path, capsys: pytest.CaptureFixture[str]
