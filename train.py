@@ -262,8 +262,8 @@ def cache_features(
     needed = size_in_bytes(model, train, depth) + size_in_bytes(model, validation, depth)
     if needed <= options.feature_cache_mb * 1e6:
         with evaluating(model), processes.autocast():
-            fill(model, train, epochs[depths.index(depth)], depth)
-            fill(model, validation, evaluation_batches(validation), depth)
+            batches = {train: epochs[depths.index(depth)], validation: evaluation_batches(validation)}
+            fill(model, batches, depth)
 
 
 def check_finite(name: str, value: float, record: dict[str, Any]) -> None:

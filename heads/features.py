@@ -4,14 +4,15 @@
 are their hidden states (T, H); with all layers frozen, its embedding (H,).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from heads.data import SentenceDataset
 from heads.multitask import MultiTaskModel, MultiTaskOutput
-from minibert import mean_pooling
+from minibert import BertModel, mean_pooling
+from minibert.fast_inference import new_fast_copy, run_all
 from minibert.inputs import check_inputs
 
 
@@ -49,20 +50,47 @@ def size_in_bytes(model: MultiTaskModel, dataset: SentenceDataset, depth: int) -
 
 
 @torch.no_grad()
-def fill(model: MultiTaskModel, dataset: SentenceDataset, batches: Iterable[Sequence[int]], depth: int) -> None:
-    """Computes the features of every sentence, in these batches and then of those that are in none.
+def fill(model: MultiTaskModel, sets: Mapping[SentenceDataset, Sequence[Sequence[int]]], depth: int) -> None:
+    """Computes the features of every sentence in `sets`, dataset -> batches of its sentences.
 
-    Given the batches of the first epoch, that epoch's numbers are those of an uncached run, bit for
-    bit; in later epochs, whose batches are others, they agree to rounding.
+    They are computed in these batches, those in none of them last. Given the batches of the first epoch,
+    that epoch's numbers are those of an uncached run, bit for bit; in later epochs, whose batches are
+    others, they agree to rounding. With packed attention no numbers are the reference's, and the sentences
+    are taken as is fastest.
     """
-    dataset.forget_features()
+    packed = model.encoder.attention == "packed"
+    fast = _fast_encoder(model.encoder) if packed else None
+    for dataset, batches in sets.items():
+        dataset.forget_features()
+        rows = _packed(fast, dataset, depth) if fast else _padded(model, dataset, batches, depth)
+        features = dict(rows)
+        dataset.features, dataset.depth = [features[i] for i in range(len(dataset))], depth
+
+
+def _padded(
+    model: MultiTaskModel, dataset: SentenceDataset, batches: Sequence[Sequence[int]], depth: int
+) -> Iterator[tuple[int, Tensor]]:
     device = model.encoder.embeddings.word.weight.device
-    features: dict[int, Tensor] = {}
-    batches = list(batches)
     rest = sorted(set(range(len(dataset))).difference(*batches), key=lambda i: len(dataset.ids[i]))
     for batch in [*batches, *(rest[i : i + 32] for i in range(0, len(rest), 32))]:
         inputs = dataset.collate(batch)
         hidden = lower(model, inputs["input_ids"].to(device), inputs["attention_mask"].to(device), depth)
         for i, row in zip(batch, hidden.cpu(), strict=True):
-            features[i] = row[: len(dataset.ids[i])].clone() if row.dim() == 2 else row.clone()
-    dataset.features, dataset.depth = [features[i] for i in range(len(dataset))], depth
+            yield i, (row[: len(dataset.ids[i])] if row.dim() == 2 else row).clone()
+
+
+def _packed(fast: BertModel, dataset: SentenceDataset, depth: int) -> Iterator[tuple[int, Tensor]]:
+    pooled = depth == len(fast.layers)
+    nothing = fast.embeddings.word.weight.new_zeros(0, fast.config.hidden_size).cpu()  # (0, H)
+    yield from ((i, nothing.sum(0) if pooled else nothing) for i, row in enumerate(dataset.ids) if not row)
+    for batch, packing, hidden in run_all(fast, dataset.ids, stop=depth):
+        if pooled:
+            rows: Iterable[Tensor] = packing.mean(hidden).cpu()  # (H,) each
+        else:
+            rows = (text for run in packing.split(hidden.cpu()) for text in run)  # (T, H) each
+        yield from ((i, row.clone()) for i, row in zip(batch, rows, strict=True))
+
+
+def _fast_encoder(encoder: BertModel) -> BertModel:
+    kind = encoder.embeddings.word.weight.device.type
+    return new_fast_copy(encoder, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)

@@ -1,13 +1,13 @@
 """The encoder made fast for inference: the same embeddings and layers, other Linears, no padding.
 
-`run` runs a model's fast copy on a packed batch. The copy shares the model's embeddings
+`run_all` runs a model's fast copy on texts, `run` on one packed batch. The copy shares the model's embeddings
 and LayerNorms; its Linears hold their weights in the layout that oneDNN multiplies fastest, query, key
 and value as one product and GELU inside the up-projection. docs/performance.md has the measurements.
 """
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import cast
 from weakref import WeakKeyDictionary
@@ -20,9 +20,10 @@ from minibert.attention import AttentionFunction, SelfAttention
 from minibert.layers import ACTIVATIONS, EncoderLayer
 from minibert.model import BertModel
 from minibert.onednn import packs_weights
-from minibert.packing import PackedBatch, varlen_attention
+from minibert.packing import PackedBatch, Packing, varlen_attention
 from weights.safetensors_files import release_memory
 
+TOKEN_BUDGET = {"cpu": 2048, "gpu": 32768}  # tokens per batch; measured, see docs/performance.md
 FUSED_ACTIVATIONS = ("gelu", "relu")  # those that oneDNN computes in the product, under its own names
 
 
@@ -87,7 +88,7 @@ def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> BertModel:
     with _LOCK:
         if model not in _COPIES or _COPIES[model][0] != state:
             _COPIES.pop(model, None)  # before its successor takes as much memory
-            _COPIES[model] = (state, _make_copy(model, dtype))
+            _COPIES[model] = (state, new_fast_copy(model, dtype))
         return _COPIES[model][1]
 
 
@@ -109,7 +110,8 @@ _LOCK = threading.Lock()  # threads may encode at the same time
 _COPIES: WeakKeyDictionary[BertModel, tuple[object, BertModel]] = WeakKeyDictionary()
 
 
-def _make_copy(model: BertModel, dtype: torch.dtype | None) -> BertModel:
+def new_fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> BertModel:
+    """A `fast_copy` of the caller's own, for use once: nobody keeps it."""
     fast = copy.deepcopy(model, memo={id(weight): weight for weight in model.parameters()})
     for layer in fast.layers:
         used = list(layer.parameters())
@@ -136,17 +138,61 @@ def _are_plain(*modules: nn.Module) -> bool:
     return all(type(module) is nn.Linear and module.bias is not None for module in modules)
 
 
-def run(fast: BertModel, batch: PackedBatch, *, compiled: bool = False) -> Tensor:
-    """The last hidden state of every token, (tokens, H); `compiled` by torch.compile, for CUDA."""
+def run_all(
+    fast: BertModel,
+    ids: Sequence[Sequence[int]],
+    batch_size: int | None = None,
+    *,
+    stop: int | None = None,
+    compiled: bool = False,
+) -> Iterator[tuple[list[int], Packing, Tensor]]:
+    """`run` of all texts that have a token, the longest first, in batches of `batch_size` or TOKEN_BUDGET.
+
+    For each batch: which texts, how they are packed, and their hidden states (tokens, H).
+    """
+    device = fast.embeddings.word.weight.device
+    order = sorted((i for i, row in enumerate(ids) if row), key=lambda i: -len(ids[i]))
+    for batch in _cut(order, ids, batch_size, TOKEN_BUDGET["cpu" if device.type == "cpu" else "gpu"]):
+        packed = PackedBatch.from_rows([ids[i] for i in batch], fast.config, device)
+        yield batch, packed.packing, run(fast, packed, stop=stop, compiled=compiled)
+
+
+def _cut(
+    order: list[int], ids: Sequence[Sequence[int]], batch_size: int | None, budget: int
+) -> Iterator[list[int]]:
+    """`order` in pieces of `batch_size` texts or, if that is None, of at most `budget` tokens or one text."""
+    batch: list[int] = []
+    tokens = 0
+    for i in order:
+        if batch and (len(batch) == batch_size or (batch_size is None and tokens + len(ids[i]) > budget)):
+            yield batch
+            batch, tokens = [], 0
+        batch.append(i)
+        tokens += len(ids[i])
+    if batch:
+        yield batch
+
+
+def run(fast: BertModel, batch: PackedBatch, *, stop: int | None = None, compiled: bool = False) -> Tensor:
+    """The hidden state of every token after `stop` layers, or all, (tokens, H).
+
+    All layers `compiled` by torch.compile, for CUDA.
+    """
     if compiled:
         starts, longest = batch.packing.starts, batch.packing.longest
         return _compiled()(fast, batch.input_ids, batch.position_ids, starts, longest)
-    return _run(fast, batch.input_ids, batch.position_ids, batch.packing.attend)
+    return _run(fast, batch.input_ids, batch.position_ids, batch.packing.attend, stop)
 
 
-def _run(fast: BertModel, input_ids: Tensor, position_ids: Tensor, attend: AttentionFunction) -> Tensor:
+def _run(
+    fast: BertModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    attend: AttentionFunction,
+    stop: int | None = None,
+) -> Tensor:
     hidden: Tensor = fast.embeddings(input_ids, None, position_ids)  # (tokens, H)
-    for output, _ in fast.run_layers(hidden, None, attend=attend):
+    for output, _ in fast.run_layers(hidden, None, stop=stop, attend=attend):
         hidden = output
     return hidden
 

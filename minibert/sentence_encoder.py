@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert.fast_inference import fast_copy, run
+from minibert.fast_inference import fast_copy, run_all
 from minibert.model import BertModel
 from minibert.onednn import onednn_products
-from minibert.packing import HAS_VARLEN, PackedBatch
+from minibert.packing import HAS_VARLEN
 from minibert.pooling import cls_pooling, mean_pooling
 from minibert.sentence_transformers_files import module_files, read_modules
 from minibert.tokenizer import Tokenizer, as_iterable
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 POOLINGS = {"mean": mean_pooling, "cls": cls_pooling}
-TOKEN_BUDGET = {"cpu": 2048, "gpu": 32768}  # tokens per batch; measured, see docs/performance.md
 BLOCK_SENTENCES, BLOCK_CHARACTERS = 4096, 1_000_000  # that are read, tokenized and sorted together
 
 
@@ -202,13 +201,10 @@ class SentenceEncoder(nn.Module):
         if self.compiled and not (HAS_VARLEN and weight.is_cuda and (self.dtype or weight.dtype).itemsize == 2):
             raise ValueError("compile=True needs a GPU, dtype=torch.bfloat16 and torch 2.13: leave it out")
         embeddings = self._empty(len(ids)).zero_()  # a text without any token stays zero
-        order = sorted((i for i, row in enumerate(ids) if row), key=lambda i: -len(ids[i]))
         on_cpu = embeddings.device.type == "cpu"
         with torch.no_grad(), onednn_products() if on_cpu else nullcontext():
-            for batch in _cut(order, ids, batch_size, TOKEN_BUDGET["cpu" if on_cpu else "gpu"]):
-                packed = PackedBatch.from_rows([ids[i] for i in batch], fast.config, embeddings.device)
-                hidden = run(fast, packed, compiled=self.compiled)  # (tokens, H)
-                pool = packed.packing.mean if self.pooling == "mean" else packed.packing.first
+            for batch, packing, hidden in run_all(fast, ids, batch_size, compiled=self.compiled):
+                pool = packing.mean if self.pooling == "mean" else packing.first
                 embeddings[batch] = pool(hidden)
                 progress(len(batch))
         return embeddings
@@ -264,20 +260,6 @@ def _read_block(texts: Iterator[str]) -> list[str]:
         if len(block) == BLOCK_SENTENCES or characters >= BLOCK_CHARACTERS:
             break
     return block
-
-
-def _cut(order: list[int], ids: list[list[int]], batch_size: int | None, budget: int) -> Iterator[list[int]]:
-    """`order` in pieces of `batch_size` texts or, if that is None, of at most `budget` tokens or one text."""
-    batch: list[int] = []
-    tokens = 0
-    for i in order:
-        if batch and (len(batch) == batch_size or (batch_size is None and tokens + len(ids[i]) > budget)):
-            yield batch
-            batch, tokens = [], 0
-        batch.append(i)
-        tokens += len(ids[i])
-    if batch:
-        yield batch
 
 
 @contextmanager

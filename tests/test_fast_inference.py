@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from heads.data import DEMO
-from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer, fast_inference, onednn, sentence_encoder
+from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer, fast_inference, onednn
 from minibert.fast_inference import FusedLinear, fast_copy, run, run_varlen
 from minibert.onednn import packs_weights
 from minibert.packing import PackedBatch, round_sizes
@@ -163,14 +163,14 @@ def test_the_bits_do_not_depend_on_the_batch(
 ) -> None:
     texts = [text(words, seed + i) for i, words in enumerate(lengths)]
     alone = np.stack([encoder.encode(each) for each in texts])
-    before, available = dict(sentence_encoder.TOKEN_BUDGET), torch.get_num_threads()
+    before, available = dict(fast_inference.TOKEN_BUDGET), torch.get_num_threads()
     try:
-        sentence_encoder.TOKEN_BUDGET["cpu"] = budget
+        fast_inference.TOKEN_BUDGET["cpu"] = budget
         torch.set_num_threads(threads)
         together = encoder.encode(texts, batch_size)
         reversed_ = encoder.encode(texts[::-1], batch_size)[::-1]
     finally:
-        sentence_encoder.TOKEN_BUDGET.update(before)
+        fast_inference.TOKEN_BUDGET.update(before)
         torch.set_num_threads(available)
     np.testing.assert_array_equal(together, alone)
     np.testing.assert_array_equal(reversed_, alone)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 import train
 from heads import MLPHead, MultiTaskModel
-from minibert import BertModel, onednn, packing
+from heads.data import SentenceDataset, dummy_examples
+from heads.features import fill
+from minibert import BertModel, Tokenizer, onednn, packing
 from minibert.onednn import onednn_products
 from tests.conftest import save_small
 
@@ -86,6 +88,32 @@ def test_a_batch_of_padding_is_zero(tiny: Path) -> None:
     with torch.no_grad():
         hidden = model(torch.ones(2, 3, dtype=torch.int64), torch.zeros(2, 3)).last_hidden_state
     assert torch.equal(hidden, torch.zeros(2, 3, 36))
+
+
+@pytest.mark.parametrize("products", [PLAIN, ONEDNN])
+@pytest.mark.parametrize("depth", [1, 4, 6])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_features_agree_with_the_padded_reference(
+    minilm: Path, products: Callable[[], AbstractContextManager[object]], depth: int, bf16: bool
+) -> None:
+    examples = dummy_examples(70, {"a": ("no", "yes")}, seed=depth)
+    features: list[list[Tensor]] = []
+    for attention in ("sdpa", "packed"):
+        encoder = BertModel.from_pretrained(minilm, attention=attention)
+        model = MultiTaskModel(encoder, {"a": MLPHead(384, 37, 2)}).eval()
+        dataset = SentenceDataset(examples, Tokenizer.from_pretrained(minilm), {"a": ("no", "yes")})
+        dataset.ids[3] = []  # of which some tokenizers make nothing
+        in_bf16 = bf16 and attention == "packed"
+        with products(), torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+            fill(model, {dataset: [[5, 2, 60], [4, 3]]}, depth)
+        assert dataset.depth == depth
+        assert dataset.features is not None
+        features.append(dataset.features)
+    for reference, ours in zip(*features, strict=True):
+        assert ours.shape == reference.shape
+        difference = (ours - reference).norm() / reference.norm().clamp(min=1e-9)
+        assert difference <= (2e-2 if bf16 else 2e-6)
+        assert (difference > 1e-4) == (bf16 and bool(len(ours)) and bool(ours.any()))
 
 
 # -------------------------------------------------------------------------------------------- train.py
