@@ -36,6 +36,7 @@ from heads.run_directory import RunDirectory
 from heads.sets import read_sets
 from heads.training_state import Progress, collect, restore
 from minibert import BertModel, Tokenizer
+from minibert.fast_dropout import use_fast_dropout
 from minibert.freezing import FreezePlan, set_groups
 from minibert.onednn import onednn_products
 from minibert.sentence_encoder import evaluating
@@ -303,6 +304,7 @@ def run_all(options: Options, processes: Processes) -> None:
     model = build_model(start, tasks, examples.get("train", [])).to(processes.device)
     if options.fast:
         model.encoder.attention = "packed"
+        use_fast_dropout(model.encoder)
     assert model.tokenizer is not None
     sets = {name: SentenceDataset(some, model.tokenizer, model.labels) for name, some in examples.items()}
     if options.eval_only:

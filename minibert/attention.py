@@ -14,14 +14,19 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tup
 
 
 def eager_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    dropout: Callable[[Tensor, float], Tensor] = F.dropout,
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(Q K^T / sqrt(D)) V, written out (Vaswani et al. 2017, equation 1)."""
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (B, N, T, T)
     if mask is not None:
         lowest = torch.finfo(scores.dtype).min  # finite: a row with nothing to look at stays finite
         scores = scores + torch.where(mask, scores.new_zeros(()), lowest)
-    weights = F.dropout(scores.softmax(dim=-1), dropout_p)  # (B, N, T, T); dropout_p is 0 in eval mode
+    weights = dropout(scores.softmax(dim=-1), dropout_p)  # (B, N, T, T); dropout_p is 0 in eval mode
     return weights @ value, weights
 
 

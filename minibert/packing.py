@@ -18,6 +18,7 @@ from torch import Tensor
 from minibert import onednn
 from minibert.attention import eager_attention
 from minibert.config import BertConfig
+from minibert.fast_dropout import fast_dropout
 from minibert.inputs import check_ids
 
 # The first torch whose varlen_attn can be told not to split a text by the longest one beside it.
@@ -85,7 +86,7 @@ class Packing:
             if not onednn.multiplies(q):
                 context = aligned_sdpa(q, k, v, dropout_p)
             elif torch.is_grad_enabled() or dropout_p:
-                context, _ = eager_attention(q, k, v, None, dropout_p)
+                context, _ = eager_attention(q, k, v, None, dropout_p, fast_dropout)
             else:
                 context = onednn_attention(q, k, v)
             contexts.append(context.transpose(1, 2).flatten(0, 1))  # (texts * length, N, D)

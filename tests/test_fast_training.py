@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import train
 from heads import MLPHead, MultiTaskModel
 from heads.data import SentenceDataset, dummy_examples
 from heads.features import fill
 from minibert import BertModel, Tokenizer, onednn, packing
+from minibert.fast_dropout import FastDropout, fast_dropout, use_fast_dropout
 from minibert.onednn import onednn_products
 from tests.conftest import save_small
 
@@ -114,6 +115,54 @@ def test_features_agree_with_the_padded_reference(
         difference = (ours - reference).norm() / reference.norm().clamp(min=1e-9)
         assert difference <= (2e-2 if bf16 else 2e-6)
         assert (difference > 1e-4) == (bf16 and bool(len(ours)) and bool(ours.any()))
+
+
+# --------------------------------------------------------------------------------------------- dropout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
+def test_dropout_drops_the_share_that_it_says(dtype: torch.dtype, p: float) -> None:
+    torch.manual_seed(0)
+    x = torch.ones(1001, 997, dtype=dtype, requires_grad=True)  # an odd number of numbers
+    dropped = fast_dropout(x, p)
+    assert dropped.dtype == dtype
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 1 / (1 - p)), rtol=8e-3, atol=0)
+    spread = (p * (1 - p)) ** 0.5
+    for lane in range(4):  # four are cut from each random integer
+        numbers = kept.flatten()[lane::4].double()
+        assert abs(numbers.mean() - (1 - p)) < 5 * spread / len(numbers) ** 0.5
+    for shift in (1, 2, 3, 4):  # neighbours know nothing of each other
+        numbers = (kept.flatten().double() - (1 - p)) / spread
+        assert abs((numbers[shift:] * numbers[:-shift]).mean()) < 5 / len(numbers) ** 0.5
+    dropped.sum().backward()  # type: ignore[no-untyped-call]
+    assert torch.equal(x.grad, dropped.detach())  # type: ignore[arg-type]
+
+
+def test_dropout_of_nothing_of_all_and_again() -> None:
+    x = torch.randn(13, 7)
+    assert torch.equal(fast_dropout(x, 0.0), x)
+    assert fast_dropout(x, 1.0).isfinite().all()
+    assert fast_dropout(x[:0], 0.5).shape == (0, 7)
+    torch.manual_seed(5)
+    first, second = fast_dropout(x, 0.5), fast_dropout(x, 0.5)
+    assert not torch.equal(first, second)
+    torch.manual_seed(5)
+    assert torch.equal(fast_dropout(x, 0.5), first)
+
+
+def test_every_dropout_of_the_encoder_is_replaced(tiny: Path) -> None:
+    model = BertModel.from_pretrained(tiny)
+    before = [part for part in model.modules() if isinstance(part, nn.Dropout)]
+    use_fast_dropout(model)
+    after = [part for part in model.modules() if isinstance(part, nn.Dropout)]
+    assert len(after) == len(before) > 2
+    assert all(type(part) is FastDropout and not part.training for part in after)
+    assert [part.p for part in after] == [part.p for part in before]
+    hidden = torch.ones(13, 36)
+    assert torch.equal(after[0](hidden), hidden)
+    assert not torch.equal(after[0].train()(hidden), hidden)
 
 
 # -------------------------------------------------------------------------------------------- train.py

@@ -1,0 +1,36 @@
+"""Dropout with cheap random numbers: on a CPU, torch's own take a fifth of the time of fine-tuning."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def fast_dropout(x: Tensor, p: float) -> Tensor:
+    """Dropout (Srivastava et al. 2014), 16 random bits for each number: p is rounded to a multiple of 2^-16.
+
+    What stays is scaled by what was rounded to, so that the mean is exact.
+    """
+    if x.device.type != "cpu":
+        return F.dropout(x, p)
+    dropped = min(round(p * 2**16), 2**16 - 1)  # out of 2^16
+    if not dropped:
+        return x
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 of each
+    numbers = bits.view(torch.int16)[: x.numel()].view(x.shape)  # from -2^15 to 2^15 - 1
+    kept = torch.ge(numbers, dropped - 2**15, out=torch.empty_like(x))  # 1 or 0
+    return x * kept.mul_(2**16 / (2**16 - dropped))
+
+
+class FastDropout(nn.Dropout):
+    """`fast_dropout` as a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fast_dropout(x, self.p) if self.training else x
+
+
+def use_fast_dropout(module: nn.Module) -> None:
+    """Puts `FastDropout` in the place of every `nn.Dropout` in a module."""
+    for part in module.modules():
+        for name, child in part.named_children():
+            if type(child) is nn.Dropout:
+                setattr(part, name, FastDropout(child.p).train(child.training))
