@@ -189,6 +189,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="1 round, 32 short sentences, MiniLM only")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
+        "--sentences",
+        type=int,
+        default=192,
+        metavar="N",
+        help="(default: %(default)s; of bert-base size a quarter)",
+    )
+    parser.add_argument(
         "--output", type=Path, default=Path("train_step.json"), help="JSON file (default: %(default)s)"
     )
     arguments = parser.parse_args()
@@ -201,10 +208,11 @@ def main() -> None:
             base = save_base_size(Path(temporary) / "base")
             for corpus in ("mixed", "short"):
                 strategies = ["none", "head:sentiment", "layers:3", "gradual", "backbone"]
-                table = measure(small, strategies, corpus, 192, arguments.rounds)
+                table = measure(small, strategies, corpus, arguments.sentences, arguments.rounds)
                 results[f"all-MiniLM-L6-v2, {corpus}"] = table
                 print_table(f"all-MiniLM-L6-v2, {corpus}", table)
-            table = measure(base, ["none", "layers:6", "backbone"], "mixed", 48, arguments.rounds)
+            strategies = ["none", "layers:6", "backbone"]
+            table = measure(base, strategies, "mixed", arguments.sentences // 4, arguments.rounds)
             results["bert-base size, mixed"] = table
     for title, rows in results.items():
         print_table(f"{title}, {torch.get_num_threads()} threads", rows)

@@ -58,12 +58,12 @@ def fill(model: MultiTaskModel, sets: Mapping[SentenceDataset, Sequence[Sequence
     others, they agree to rounding. With packed attention no numbers are the reference's, and the sentences
     are taken as is fastest.
     """
+    pooled = depth == len(model.encoder.layers)
     packed = model.encoder.attention == "packed"
-    fast = _fast_encoder(model.encoder) if packed else None
+    fast = _fast_encoder(model.encoder, depth) if packed else None
     for dataset, batches in sets.items():
         dataset.forget_features()
-        rows = _packed(fast, dataset, depth) if fast else _padded(model, dataset, batches, depth)
-        features = dict(rows)
+        features = dict(_packed(fast, dataset, pooled) if fast else _padded(model, dataset, batches, depth))
         dataset.features, dataset.depth = [features[i] for i in range(len(dataset))], depth
 
 
@@ -79,11 +79,10 @@ def _padded(
             yield i, (row[: len(dataset.ids[i])] if row.dim() == 2 else row).clone()
 
 
-def _packed(fast: BertModel, dataset: SentenceDataset, depth: int) -> Iterator[tuple[int, Tensor]]:
-    pooled = depth == len(fast.layers)
-    nothing = fast.embeddings.word.weight.new_zeros(0, fast.config.hidden_size).cpu()  # (0, H)
+def _packed(fast: BertModel, dataset: SentenceDataset, pooled: bool) -> Iterator[tuple[int, Tensor]]:
+    nothing = torch.zeros(0, fast.config.hidden_size)  # (0, H), of a text without any token
     yield from ((i, nothing.sum(0) if pooled else nothing) for i, row in enumerate(dataset.ids) if not row)
-    for batch, packing, hidden in run_all(fast, dataset.ids, stop=depth):
+    for batch, packing, hidden in run_all(fast, dataset.ids):
         if pooled:
             rows: Iterable[Tensor] = packing.mean(hidden).cpu()  # (H,) each
         else:
@@ -91,6 +90,7 @@ def _packed(fast: BertModel, dataset: SentenceDataset, depth: int) -> Iterator[t
         yield from ((i, row.clone()) for i, row in zip(batch, rows, strict=True))
 
 
-def _fast_encoder(encoder: BertModel) -> BertModel:
+def _fast_encoder(encoder: BertModel, depth: int) -> BertModel:
     kind = encoder.embeddings.word.weight.device.type
-    return new_fast_copy(encoder, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return new_fast_copy(encoder, dtype, layers=depth)

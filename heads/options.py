@@ -60,7 +60,7 @@ class Options:
         "sum", "add the tasks' losses, or learn their weights", choices=("sum", "uncertainty")
     )
     loss_weight: tuple[str, ...] = option((), "factor of a task's loss, repeatable (default: 1)", "NAME=X")
-    fast: bool = option(False, "compute nothing on padding: faster, and equal to rounding, not to the last bit")
+    fast: bool = option(False, "compute nothing on padding: faster, and equal to rounding but for dropout")
     bf16: bool = option(False, "compute in bfloat16 where that is safe (autocast)")
     seed: int = option(0, "of the heads' first weights, the order of the data, and dropout", "N")
     device: str = option("auto", "cpu, cuda or cuda:N; auto: a GPU if there is one", "NAME")

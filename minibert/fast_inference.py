@@ -110,9 +110,10 @@ _LOCK = threading.Lock()  # threads may encode at the same time
 _COPIES: WeakKeyDictionary[BertModel, tuple[object, BertModel]] = WeakKeyDictionary()
 
 
-def new_fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> BertModel:
-    """A `fast_copy` of the caller's own, for use once: nobody keeps it."""
+def new_fast_copy(model: BertModel, dtype: torch.dtype | None = None, layers: int | None = None) -> BertModel:
+    """A `fast_copy` that nobody else keeps; of the lowest `layers` only, if given."""
     fast = copy.deepcopy(model, memo={id(weight): weight for weight in model.parameters()})
+    fast.layers = fast.layers[:layers]
     for layer in fast.layers:
         used = list(layer.parameters())
         _fuse_layer(cast(EncoderLayer, layer), model.config.hidden_act, dtype)
@@ -143,7 +144,6 @@ def run_all(
     ids: Sequence[Sequence[int]],
     batch_size: int | None = None,
     *,
-    stop: int | None = None,
     compiled: bool = False,
 ) -> Iterator[tuple[list[int], Packing, Tensor]]:
     """`run` of all texts that have a token, the longest first, in batches of `batch_size` or TOKEN_BUDGET.
@@ -154,7 +154,7 @@ def run_all(
     order = sorted((i for i, row in enumerate(ids) if row), key=lambda i: -len(ids[i]))
     for batch in _cut(order, ids, batch_size, TOKEN_BUDGET["cpu" if device.type == "cpu" else "gpu"]):
         packed = PackedBatch.from_rows([ids[i] for i in batch], fast.config, device)
-        yield batch, packed.packing, run(fast, packed, stop=stop, compiled=compiled)
+        yield batch, packed.packing, run(fast, packed, compiled=compiled)
 
 
 def _cut(
@@ -173,26 +173,17 @@ def _cut(
         yield batch
 
 
-def run(fast: BertModel, batch: PackedBatch, *, stop: int | None = None, compiled: bool = False) -> Tensor:
-    """The hidden state of every token after `stop` layers, or all, (tokens, H).
-
-    All layers `compiled` by torch.compile, for CUDA.
-    """
+def run(fast: BertModel, batch: PackedBatch, *, compiled: bool = False) -> Tensor:
+    """The last hidden state of every token, (tokens, H); `compiled` by torch.compile, for CUDA."""
     if compiled:
         starts, longest = batch.packing.starts, batch.packing.longest
         return _compiled()(fast, batch.input_ids, batch.position_ids, starts, longest)
-    return _run(fast, batch.input_ids, batch.position_ids, batch.packing.attend, stop)
+    return _run(fast, batch.input_ids, batch.position_ids, batch.packing.attend)
 
 
-def _run(
-    fast: BertModel,
-    input_ids: Tensor,
-    position_ids: Tensor,
-    attend: AttentionFunction,
-    stop: int | None = None,
-) -> Tensor:
+def _run(fast: BertModel, input_ids: Tensor, position_ids: Tensor, attend: AttentionFunction) -> Tensor:
     hidden: Tensor = fast.embeddings(input_ids, None, position_ids)  # (tokens, H)
-    for output, _ in fast.run_layers(hidden, None, stop=stop, attend=attend):
+    for output, _ in fast.run_layers(hidden, None, attend=attend):
         hidden = output
     return hidden
 

@@ -396,6 +396,7 @@ def test_weights_that_are_not_finite_are_never_saved(
         "--freeze layers:2,head:type --layer-lr-decay 0.5",
         "--freeze gradual --patience 2 --epochs 4",
         "--freeze layers:1 --fast",
+        "--freeze layers:1 --fast --bf16",
     ],
 )
 @pytest.mark.parametrize(
