@@ -84,7 +84,7 @@ def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> BertModel:
     (Only what is written into a parameter's `.data` goes unnoticed: torch keeps no record of that.)
     `dtype` is what the Linears compute in (the weights' own if None); all else stays as in the model.
     """
-    state = (dtype, *(_identity(parameter) for parameter in _parameters(model)))
+    state = _add_identities(model, [dtype])
     with _LOCK:
         if model not in _COPIES or _COPIES[model][0] != state:
             _COPIES.pop(model, None)  # before its successor takes as much memory
@@ -92,18 +92,16 @@ def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> BertModel:
         return _COPIES[model][1]
 
 
-def _identity(parameter: Tensor) -> tuple[int, int, int]:
-    """Changes with the values. (Those of an inference tensor cannot.)"""
-    version = 0 if parameter.is_inference() else parameter._version
-    return id(parameter), version, parameter.data_ptr()
-
-
-def _parameters(model: nn.Module) -> Iterator[Tensor]:
-    """As `model.parameters()`, in half the time, which is 2% of encoding one short sentence."""
-    for module in model._modules.values():
-        assert module is not None
-        yield from (parameter for parameter in module._parameters.values() if parameter is not None)
-        yield from _parameters(module)
+def _add_identities(module: nn.Module, state: list[object]) -> list[object]:
+    """Adds what changes with the parameters' values. (`parameters()` takes 3% of encoding a short sentence.)"""
+    for parameter in module._parameters.values():
+        if parameter is not None:  # an inference tensor has no version, and cannot change
+            version = 0 if parameter.is_inference() else parameter._version
+            state += (id(parameter), version, parameter.data_ptr())
+    for child in module._modules.values():
+        assert child is not None
+        _add_identities(child, state)
+    return state
 
 
 _LOCK = threading.Lock()  # threads may encode at the same time
