@@ -199,6 +199,10 @@ def main() -> None:
         "--output", type=Path, default=Path("train_step.json"), help="JSON file (default: %(default)s)"
     )
     arguments = parser.parse_args()
+    if not 64 <= arguments.sentences <= 360:
+        parser.error(
+            f"--sentences is {arguments.sentences}, it must be 64 to 360, as many as heads/demo.csv has"
+        )
     small = resolve("all-MiniLM-L6-v2")
     results = {}
     if arguments.quick:

@@ -12,7 +12,7 @@ from torch import Tensor
 from heads.data import SentenceDataset
 from heads.multitask import MultiTaskModel, MultiTaskOutput
 from minibert import BertModel, mean_pooling
-from minibert.fast_inference import new_fast_copy, run_all
+from minibert.fast_inference import new_fast_copy, run_texts
 from minibert.inputs import check_inputs
 
 
@@ -59,8 +59,7 @@ def fill(model: MultiTaskModel, sets: Mapping[SentenceDataset, Sequence[Sequence
     are taken as is fastest.
     """
     pooled = depth == len(model.encoder.layers)
-    packed = model.encoder.attention == "packed"
-    fast = _fast_encoder(model.encoder, depth) if packed else None
+    fast = _fast_encoder(model.encoder, depth) if model.encoder.attention == "packed" else None
     for dataset, batches in sets.items():
         dataset.forget_features()
         features = dict(_packed(fast, dataset, pooled) if fast else _padded(model, dataset, batches, depth))
@@ -82,7 +81,7 @@ def _padded(
 def _packed(fast: BertModel, dataset: SentenceDataset, pooled: bool) -> Iterator[tuple[int, Tensor]]:
     nothing = torch.zeros(0, fast.config.hidden_size)  # (0, H), of a text without any token
     yield from ((i, nothing.sum(0) if pooled else nothing) for i, row in enumerate(dataset.ids) if not row)
-    for batch, packing, hidden in run_all(fast, dataset.ids):
+    for batch, packing, hidden in run_texts(fast, dataset.ids):
         if pooled:
             rows: Iterable[Tensor] = packing.mean(hidden).cpu()  # (H,) each
         else:

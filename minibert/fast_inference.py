@@ -1,6 +1,6 @@
 """The encoder made fast for inference: the same embeddings and layers, other Linears, no padding.
 
-`run_all` runs a model's fast copy on texts, `run` on one packed batch. The copy shares the model's embeddings
+`run_texts` runs a model's fast copy on texts, `run` on one packed batch. The copy shares the model's embeddings
 and LayerNorms; its Linears hold their weights in the layout that oneDNN multiplies fastest, query, key
 and value as one product and GELU inside the up-projection. docs/performance.md has the measurements.
 """
@@ -137,7 +137,7 @@ def _are_plain(*modules: nn.Module) -> bool:
     return all(type(module) is nn.Linear and module.bias is not None for module in modules)
 
 
-def run_all(
+def run_texts(
     fast: BertModel,
     ids: Sequence[Sequence[int]],
     batch_size: int | None = None,

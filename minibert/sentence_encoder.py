@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert.fast_inference import fast_copy, run_all
+from minibert.fast_inference import fast_copy, run_texts
 from minibert.model import BertModel
 from minibert.onednn import onednn_products
 from minibert.packing import HAS_VARLEN
@@ -203,7 +203,7 @@ class SentenceEncoder(nn.Module):
         embeddings = self._empty(len(ids)).zero_()  # a text without any token stays zero
         on_cpu = embeddings.device.type == "cpu"
         with torch.no_grad(), onednn_products() if on_cpu else nullcontext():
-            for batch, packing, hidden in run_all(fast, ids, batch_size, compiled=self.compiled):
+            for batch, packing, hidden in run_texts(fast, ids, batch_size, compiled=self.compiled):
                 pool = packing.mean if self.pooling == "mean" else packing.first
                 embeddings[batch] = pool(hidden)
                 progress(len(batch))

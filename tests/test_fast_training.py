@@ -98,7 +98,7 @@ def test_features_agree_with_the_padded_reference(
     minilm: Path, products: Callable[[], AbstractContextManager[object]], depth: int, bf16: bool
 ) -> None:
     examples = dummy_examples(70, {"a": ("no", "yes")}, seed=depth)
-    features: list[list[Tensor]] = []
+    results: list[list[Tensor]] = []
     for attention in ("sdpa", "packed"):
         encoder = BertModel.from_pretrained(minilm, attention=attention)
         model = MultiTaskModel(encoder, {"a": MLPHead(384, 37, 2)}).eval()
@@ -109,8 +109,8 @@ def test_features_agree_with_the_padded_reference(
             fill(model, {dataset: [[5, 2, 60], [4, 3]]}, depth)
         assert dataset.depth == depth
         assert dataset.features is not None
-        features.append(dataset.features)
-    for reference, ours in zip(*features, strict=True):
+        results.append(dataset.features)
+    for reference, ours in zip(*results, strict=True):
         assert (ours.shape, ours.dtype) == (reference.shape, reference.dtype)
         difference = (ours - reference).norm() / reference.norm().clamp(min=1e-9)
         assert difference <= (2e-2 if bf16 else 2e-6)
@@ -227,8 +227,8 @@ def test_only_fast_runs_use_what_rounds_or_draws_otherwise(
 
     noting(FastDropout, "forward")
     noting(packing, "fast_dropout")
-    noting(features, "run_all")
+    noting(features, "run_texts")
     noting(torch, "_fused_adamw_")
     run(small, tmp_path / "run", f"--freeze layers:1{' --fast' if fast else ''}")
-    expected = {"forward", "run_all", "_fused_adamw_"} | ({"fast_dropout"} if onednn.are_exact() else set())
+    expected = {"forward", "run_texts", "_fused_adamw_"} | ({"fast_dropout"} if onednn.are_exact() else set())
     assert used == (expected if fast else set())
