@@ -38,6 +38,7 @@ from heads.training_state import Progress, collect, restore
 from minibert import BertModel, Tokenizer
 from minibert.fast_dropout import use_fast_dropout
 from minibert.freezing import FreezePlan, set_groups
+from minibert.memory import keep_freed_memory
 from minibert.onednn import onednn_products
 from minibert.sentence_encoder import evaluating
 from weights import resolve
@@ -414,6 +415,7 @@ def main(argv: list[str] | None = None) -> int:
             warnings.showwarning = show_warning
             options = read_options(argv)
             processes = Processes(options.device, bf16=options.bf16)
+            keep_freed_memory()
             try:
                 with onednn_products() if options.fast else nullcontext():
                     run_all(options, processes)

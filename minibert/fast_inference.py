@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from minibert.attention import AttentionFunction, SelfAttention
 from minibert.layers import ACTIVATIONS, EncoderLayer
+from minibert.memory import keep_freed_memory
 from minibert.model import BertModel
 from minibert.onednn import packs_weights
 from minibert.packing import PackedBatch, Packing, varlen_attention
@@ -110,6 +111,7 @@ _COPIES: WeakKeyDictionary[BertModel, tuple[object, BertModel]] = WeakKeyDiction
 
 def new_fast_copy(model: BertModel, dtype: torch.dtype | None = None, layers: int | None = None) -> BertModel:
     """A `fast_copy` that nobody else keeps; of the lowest `layers` only, if given."""
+    keep_freed_memory()
     fast = copy.deepcopy(model, memo={id(weight): weight for weight in model.parameters()})
     fast.layers = fast.layers[:layers]
     for layer in fast.layers:
