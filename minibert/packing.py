@@ -68,9 +68,10 @@ class Packing:
         return max(length for _, length in self.runs)
 
     def split(self, packed: Tensor) -> Iterator[Tensor]:
-        """The runs of a packed tensor: (tokens, ...) -> (texts, length, ...) for each."""
-        parts = packed.split_with_sizes([*(texts * length for texts, length in self.runs), self.filling])
-        return (part.view(*run, *part.shape[1:]) for part, run in zip(parts, self.runs, strict=False))
+        """The runs of a packed tensor: (..., tokens, D) -> (..., texts, length, D) for each."""
+        parts = packed.split_with_sizes([*(texts * length for texts, length in self.runs), self.filling], -2)
+        *axes, _, width = packed.shape
+        return (part.view(*axes, *run, width) for part, run in zip(parts, self.runs, strict=False))
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float
@@ -81,19 +82,17 @@ class Packing:
         if not self.runs:
             return query, None
         contexts = []
-        for run in zip(*(self.split(state.transpose(0, 1)) for state in (query, key, value)), strict=True):
-            q, k, v = (state.transpose(1, 2) for state in run)  # (texts, N, length, D)
+        for q, k, v in zip(*map(self.split, (query, key, value)), strict=True):  # (N, texts, length, D)
             if not onednn.multiplies(q):
                 context = aligned_sdpa(q, k, v, dropout_p)
             elif torch.is_grad_enabled() or dropout_p:
                 context, _ = eager_attention(q, k, v, None, dropout_p, fast_dropout)
             else:
                 context = onednn_attention(q, k, v)
-            contexts.append(context.transpose(1, 2).flatten(0, 1))  # (texts * length, N, D)
+            contexts.append(context.flatten(1, 2))  # (N, texts * length, D)
         if self.filling:
-            contexts.append(contexts[0].new_zeros(self.filling, *contexts[0].shape[1:]))
-        context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)  # (tokens, N, D)
-        return context.transpose(0, 1), None
+            contexts.append(query.new_zeros(len(query), self.filling, query.shape[2]))
+        return contexts[0] if len(contexts) == 1 else torch.cat(contexts, 1), None
 
     def mean(self, hidden: Tensor) -> Tensor:
         """(tokens, H) -> the mean of each text's tokens, (texts, H), float32 or wider."""
@@ -153,25 +152,24 @@ class PaddedBatch:
 
 
 def onednn_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`eager_attention` of texts of equal length, (texts, N, T, D) -> the same, without gradients.
+    """`eager_attention` of texts of equal length, (N, texts, T, D) -> the same, without gradients.
 
     In pieces that fit the cache, and with numbers that do not depend on how many texts there are.
     """
     length, head_size = query.shape[-2:]
     # The softmax takes 32 numbers of bfloat16 at a time, and what is left one by one.
     filling = -length % 32 if query.dtype == torch.bfloat16 and length % 32 > 8 else 0
-    q = query.flatten(0, 1)  # (texts * N, T, D)
+    q = query.flatten(0, 1)  # (N * texts, T, D)
     if filling:
-        key, value = (F.pad(state, (0, 0, 0, filling)) for state in (key, value))  # (texts, N, T', D)
-    k, v = (state.flatten(0, 1) for state in (key, value))  # (texts * N, T', D)
-    context = torch.empty_like(q)
+        key, value = (F.pad(state, (0, 0, 0, filling)) for state in (key, value))  # (N, texts, T', D)
+    k, v = (state.flatten(0, 1) for state in (key, value))  # (N * texts, T', D)
+    context = q.new_empty(q.shape)
     sizes = round_sizes(len(q), most=SCORES // (length * k.shape[1]))  # heads at a time
     memory = q.new_empty(sizes[0], length, k.shape[1])  # where scores become weights
-    zero, scale = q.new_zeros(1, 1, 1), head_size**-0.5
     for piece in zip(*(x.split_with_sizes(sizes) for x in (q, k, v, context)), strict=True):
         some_q, some_k, some_v, some_context = piece
         weights = memory[: len(some_q)]
-        torch.baddbmm(zero, some_q, some_k.mT, beta=0, alpha=scale, out=weights)
+        weights.baddbmm_(some_q, some_k.mT, beta=0, alpha=head_size**-0.5)
         if filling:
             weights[..., length:] = -torch.inf
         torch.softmax(weights, -1, out=weights)
@@ -194,7 +192,7 @@ def round_sizes(total: int, most: int) -> list[int]:
 
 
 def aligned_sdpa(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
-    """`sdpa_attention` of texts of equal length, (texts, N, T, D) -> the same.
+    """`sdpa_attention` of texts of equal length, (N, texts, T, D) -> the same.
 
     MKL finds every row at the same place of a cache line.
     """
