@@ -24,7 +24,7 @@ from minibert.onednn import packs_weights
 from minibert.packing import PackedBatch, Packing, varlen_attention
 from weights.safetensors_files import release_memory
 
-TOKEN_BUDGET = {"cpu": 2048, "gpu": 32768}  # tokens per batch; measured, see docs/performance.md
+BATCH_NUMBERS = {"cpu": 2048 * 768, "gpu": 32768 * 768}  # tokens * H; measured, see docs/performance.md
 FUSED_ACTIVATIONS = ("gelu", "relu")  # those that oneDNN computes in the product, under its own names
 
 
@@ -146,13 +146,14 @@ def run_texts(
     *,
     compiled: bool = False,
 ) -> Iterator[tuple[list[int], Packing, Tensor]]:
-    """`run` of all texts that have a token, the longest first, in batches of `batch_size` or TOKEN_BUDGET.
+    """`run` of all texts that have a token, the longest first, in batches of `batch_size` or BATCH_NUMBERS.
 
     For each batch: which texts, how they are packed, and their hidden states (tokens, H).
     """
     device = fast.embeddings.word.weight.device
     order = sorted((i for i, row in enumerate(ids) if row), key=lambda i: -len(ids[i]))
-    for batch in _cut(order, ids, batch_size, TOKEN_BUDGET["cpu" if device.type == "cpu" else "gpu"]):
+    budget = BATCH_NUMBERS["cpu" if device.type == "cpu" else "gpu"] // fast.config.hidden_size
+    for batch in _cut(order, ids, batch_size, budget):
         packed = PackedBatch.from_rows([ids[i] for i in batch], fast.config, device)
         yield batch, packed.packing, run(fast, packed, compiled=compiled)
 

@@ -154,7 +154,7 @@ def make_encoder(name: str, minilm: Path, product: torch.dtype | None) -> Senten
 @given(
     lengths=st.lists(st.integers(0, 40) | st.integers(0, 300), min_size=1, max_size=12),
     batch_size=st.none() | st.integers(1, 13),
-    budget=st.integers(1, 3000),
+    budget=st.integers(1, 4000),
     threads=st.integers(1, 2),
     seed=st.integers(0, 99),
 )
@@ -163,14 +163,14 @@ def test_the_bits_do_not_depend_on_the_batch(
 ) -> None:
     texts = [text(words, seed + i) for i, words in enumerate(lengths)]
     alone = np.stack([encoder.encode(each) for each in texts])
-    before, available = dict(fast_inference.TOKEN_BUDGET), torch.get_num_threads()
+    before, available = dict(fast_inference.BATCH_NUMBERS), torch.get_num_threads()
     try:
-        fast_inference.TOKEN_BUDGET["cpu"] = budget
+        fast_inference.BATCH_NUMBERS["cpu"] = budget * encoder.model.config.hidden_size
         torch.set_num_threads(threads)
         together = encoder.encode(texts, batch_size)
         reversed_ = encoder.encode(texts[::-1], batch_size)[::-1]
     finally:
-        fast_inference.TOKEN_BUDGET.update(before)
+        fast_inference.BATCH_NUMBERS.update(before)
         torch.set_num_threads(available)
     np.testing.assert_array_equal(together, alone)
     np.testing.assert_array_equal(reversed_, alone)
