@@ -123,11 +123,11 @@ class PackedBatch:
             ValueError: an id outside the vocabulary, or a text longer than the model has positions for.
         """
         packing = Packing.of(map(len, rows), device, fill=device.type == "cpu")
-        ids = torch.tensor([token for row in rows for token in row])  # (tokens,)
+        filling = [0] * packing.filling
+        ids = torch.tensor([token for row in rows for token in row] + filling)  # (tokens,)
         check_ids(config, ids, packing.longest)
-        positions = torch.cat([torch.arange(length).repeat(texts) for texts, length in packing.runs])
-        input_ids, position_ids = (F.pad(each, (0, packing.filling)) for each in (ids, positions))
-        return cls(input_ids.to(device), position_ids.to(device), packing)
+        positions = torch.tensor([position for row in rows for position in range(len(row))] + filling)
+        return cls(ids.to(device), positions.to(device), packing)
 
 
 class PaddedBatch:

@@ -202,7 +202,7 @@ class SentenceEncoder(nn.Module):
             raise ValueError("compile=True needs a GPU, dtype=torch.bfloat16 and torch 2.13: leave it out")
         embeddings = self._empty(len(ids)).zero_()  # a text without any token stays zero
         on_cpu = embeddings.device.type == "cpu"
-        with torch.no_grad(), onednn_products() if on_cpu else nullcontext():
+        with torch.inference_mode(), onednn_products() if on_cpu else nullcontext():
             for batch, packing, hidden in run_texts(fast, ids, batch_size, compiled=self.compiled):
                 pool = packing.mean if self.pooling == "mean" else packing.first
                 embeddings[batch] = pool(hidden)
