@@ -24,7 +24,9 @@ from minibert.onednn import packs_weights
 from minibert.packing import PackedBatch, Packing, varlen_attention
 from weights.safetensors_files import release_memory
 
-BATCH_NUMBERS = {"cpu": 2048 * 768, "gpu": 32768 * 768}  # tokens * H; measured, see docs/performance.md
+# Tokens per batch, at most; on a CPU no more numbers (tokens * H) than fit its caches: docs/performance.md.
+TOKEN_BUDGET = {"cpu": 4096, "gpu": 32768}
+CPU_NUMBERS = 2048 * 768
 FUSED_ACTIVATIONS = ("gelu", "relu")  # those that oneDNN computes in the product, under its own names
 
 
@@ -146,13 +148,16 @@ def run_texts(
     *,
     compiled: bool = False,
 ) -> Iterator[tuple[list[int], Packing, Tensor]]:
-    """`run` of all texts that have a token, the longest first, in batches of `batch_size` or BATCH_NUMBERS.
+    """`run` of all texts that have a token, the longest first, in batches of `batch_size` or the budget.
 
     For each batch: which texts, how they are packed, and their hidden states (tokens, H).
     """
     device = fast.embeddings.word.weight.device
     order = sorted((i for i, row in enumerate(ids) if row), key=lambda i: -len(ids[i]))
-    budget = BATCH_NUMBERS["cpu" if device.type == "cpu" else "gpu"] // fast.config.hidden_size
+    if device.type == "cpu":
+        budget = min(TOKEN_BUDGET["cpu"], CPU_NUMBERS // fast.config.hidden_size)
+    else:
+        budget = TOKEN_BUDGET["gpu"]
     for batch in _cut(order, ids, batch_size, budget):
         packed = PackedBatch.from_rows([ids[i] for i in batch], fast.config, device)
         yield batch, packed.packing, run(fast, packed, compiled=compiled)

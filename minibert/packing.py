@@ -169,7 +169,7 @@ def onednn_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     for piece in zip(*(x.split_with_sizes(sizes) for x in (q, k, v, context)), strict=True):
         some_q, some_k, some_v, some_context = piece
         weights = memory[: len(some_q)]
-        weights.baddbmm_(some_q, some_k.mT, beta=0, alpha=head_size**-0.5)
+        weights.baddbmm_(some_q, some_k.mT, beta=0, alpha=head_size**-0.5)  # beta=0: what was there is not read
         if filling:
             weights[..., length:] = -torch.inf
         torch.softmax(weights, -1, out=weights)
