@@ -414,8 +414,8 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
             options = read_options(argv)
-            processes = Processes(options.device, bf16=options.bf16)
             keep_freed_memory()
+            processes = Processes(options.device, bf16=options.bf16)
             try:
                 with onednn_products() if options.fast else nullcontext():
                     run_all(options, processes)
