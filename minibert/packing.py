@@ -157,24 +157,27 @@ def onednn_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     In pieces that fit the cache, and with numbers that do not depend on how many texts there are.
     """
     length, head_size = query.shape[-2:]
-    # The softmax takes 32 numbers of bfloat16 at a time, and what is left one by one.
-    filling = -length % 32 if query.dtype == torch.bfloat16 and length % 32 > 8 else 0
-    q = query.flatten(0, 1)  # (N * texts, T, D)
-    if filling:
-        key, value = (F.pad(state, (0, 0, 0, filling)) for state in (key, value))  # (N, texts, T', D)
-    k, v = (state.flatten(0, 1) for state in (key, value))  # (N * texts, T', D)
+    row = length + _softmax_filling(length, query.dtype)
+    q, k, v = (states.flatten(0, 1) for states in (query, key, value))  # (N * texts, T, D)
     context = q.new_empty(q.shape)
-    sizes = round_sizes(len(q), most=SCORES // (length * k.shape[1]))  # heads at a time
-    memory = q.new_empty(sizes[0], length, k.shape[1])  # where scores become weights
+    sizes = round_sizes(len(q), most=SCORES // (length * row))  # heads at a time
+    memory = q.new_empty(sizes[0], length, row)  # where scores become weights
     for piece in zip(*(x.split_with_sizes(sizes) for x in (q, k, v, context)), strict=True):
         some_q, some_k, some_v, some_context = piece
-        weights = memory[: len(some_q)]
+        rows = memory[: len(some_q)]  # (heads, T, row)
+        weights = rows[..., :length]  # (heads, T, T)
         weights.baddbmm_(some_q, some_k.mT, beta=0, alpha=head_size**-0.5)  # beta=0: what was there is not read
-        if filling:
-            weights[..., length:] = -torch.inf
-        torch.softmax(weights, -1, out=weights)
+        rows[..., length:] = -torch.inf
+        torch.softmax(rows, -1, out=rows)
         torch.bmm(weights, some_v, out=some_context)
     return context.view(query.shape)
+
+
+def _softmax_filling(length: int, dtype: torch.dtype) -> int:
+    """What a row is filled up by, where that pays: the softmax takes 64 bytes at a time, the rest singly."""
+    if dtype == torch.bfloat16:
+        return -length % 32 if length % 32 > 8 else 0
+    return max(16 - length, 0)
 
 
 def round_sizes(total: int, most: int) -> list[int]:
