@@ -5,7 +5,7 @@ must know which tokens belong together. Texts of equal length lie side by side, 
 ordinary batch (texts, length), and a text's numbers do not depend on how many others are in it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -67,11 +67,16 @@ class Packing:
         """Tokens of the longest text."""
         return max(length for _, length in self.runs)
 
-    def split(self, packed: Tensor) -> Iterator[Tensor]:
+    @cached_property
+    def sizes(self) -> list[int]:
+        """How many tokens each run has, and then how many belong to none."""
+        return [*(texts * length for texts, length in self.runs), self.filling]
+
+    def split(self, packed: Tensor) -> list[Tensor]:
         """The runs of a packed tensor: (..., tokens, D) -> (..., texts, length, D) for each."""
-        parts = packed.split_with_sizes([*(texts * length for texts, length in self.runs), self.filling], -2)
         *axes, _, width = packed.shape
-        return (part.view(*axes, *run, width) for part, run in zip(parts, self.runs, strict=False))
+        parts = packed.split_with_sizes(self.sizes, -2)
+        return [part.view(*axes, *run, width) for part, run in zip(parts, self.runs, strict=False)]
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float
@@ -199,15 +204,14 @@ def aligned_sdpa(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) ->
 
     MKL finds every row at the same place of a cache line.
     """
-    head_size = query.shape[-1]
-    states = [query, key, value]
+    head_size, dtype = query.shape[-1], query.dtype
     if query.device.type == "cpu":
-        wide = torch.promote_types(query.dtype, torch.float32)  # bfloat16 is slower here
+        wide = torch.promote_types(dtype, torch.float32)  # bfloat16 is slower here
         filling = -head_size % (ALIGNMENT // wide.itemsize)  # 0 in every published model
-        states = [F.pad(state.to(wide), (0, filling)) if filling else state.to(wide) for state in states]
-    q, k, v = states
-    context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=head_size**-0.5)
-    return context[..., :head_size].to(query.dtype)
+        if filling or wide != dtype:
+            query, key, value = (F.pad(state.to(wide), (0, filling)) for state in (query, key, value))
+    context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=head_size**-0.5)
+    return context[..., :head_size].to(dtype)
 
 
 def varlen_attention(

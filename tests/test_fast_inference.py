@@ -368,11 +368,11 @@ def test_varlen_attention_is_the_same_model(minilm: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 def test_two_graphs_serve_every_batch(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._dynamo.testing import CompileCounter
+    from torch._dynamo.testing import CompileCounterWithBackend
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_mask)
     monkeypatch.setattr(fast_inference, "packs_weights", lambda weight: False)  # as on a GPU
-    counter = CompileCounter()
+    counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(run_varlen, fullgraph=True, dynamic=True, backend=counter)
     model = BertModel.from_pretrained(minilm)
     fast = fast_copy(model)
@@ -384,6 +384,11 @@ def test_two_graphs_serve_every_batch(minilm: Path, monkeypatch: pytest.MonkeyPa
             texts = slice(batch.packing.starts[-1])  # not the filling
             torch.testing.assert_close(ours[texts], run(fast, batch)[texts], atol=2e-5, rtol=0)
     assert counter.frame_count <= 2  # one text, and several
+    for graph in counter.graphs:
+        given = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+        weights = [value.shape for value in given if isinstance(value, Tensor) and value.is_floating_point()]
+        assert all(type(size) is int for shape in weights for size in shape)  # only tokens and texts vary
+        assert torch.Size([1152, 384]) in weights
 
 
 def test_compiling_needs_a_gpu(minilm: Path) -> None:
