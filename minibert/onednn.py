@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -61,6 +61,24 @@ def onednn_products() -> Iterator[None]:
             _users -= exact
             if exact and _users == 0:
                 _SETTING.fp32_precision = _before
+
+
+@contextmanager
+def products_through(library: Literal["oneDNN", "MKL"]) -> Iterator[None]:
+    """While active, float32 products go through this library, if oneDNN's are exact here.
+
+    Whatever other threads use: they wait for each other here, so this is for single calls.
+    """
+    if not are_exact():
+        yield
+        return
+    with _lock:
+        before = _SETTING.fp32_precision
+        _SETTING.fp32_precision = "bf16" if library == "oneDNN" else "ieee"
+        try:
+            yield
+        finally:
+            _SETTING.fp32_precision = before
 
 
 def multiplies(states: Tensor) -> bool:

@@ -25,7 +25,9 @@ from minibert.inputs import check_ids
 HAS_VARLEN = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 ALIGNMENT = 64  # bytes; the last bits of MKL's products depend on where in a cache line a row begins
 
-SCORES = 2**20  # of attention, formed at a time: 4 MB; measured, see docs/performance.md
+# Both measured, see docs/performance.md:
+MKL_MULTIPLICATIONS = 64**3  # of a float32 product: up to here the fused attention, MKL's, is faster
+SCORES = 2**20  # of attention, formed at a time: 4 MB
 
 
 @dataclass(frozen=True)
@@ -86,18 +88,14 @@ class Packing:
             return varlen_attention(query, key, value, mask, dropout_p, self.starts, self.longest)
         if not self.runs:
             return query, None
-        contexts = []
+        contexts = []  # (texts * length, N, D) each
         for q, k, v in zip(*map(self.split, (query, key, value)), strict=True):  # (N, texts, length, D)
-            if not onednn.multiplies(q):
-                context = aligned_sdpa(q, k, v, dropout_p)
-            elif torch.is_grad_enabled() or dropout_p:
-                context, _ = eager_attention(q, k, v, None, dropout_p, fast_dropout)
-            else:
-                context = onednn_attention(q, k, v)
-            contexts.append(context.flatten(1, 2))  # (N, texts * length, D)
+            context = attention_of_equal_lengths(q, k, v, dropout_p)
+            contexts.append(context.flatten(1, 2).transpose(0, 1))
         if self.filling:
-            contexts.append(query.new_zeros(len(query), self.filling, query.shape[2]))
-        return contexts[0] if len(contexts) == 1 else torch.cat(contexts, 1), None
+            contexts.append(query.new_zeros(self.filling, len(query), query.shape[2]))
+        context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+        return context.transpose(0, 1), None
 
     def mean(self, hidden: Tensor) -> Tensor:
         """(tokens, H) -> the mean of each text's tokens, (texts, H), float32 or wider."""
@@ -156,6 +154,21 @@ class PaddedBatch:
         return empty.index_copy(0, self.cells, packed).unflatten(0, self.shape)  # type: ignore[no-untyped-call, no-any-return]
 
 
+def attention_of_equal_lengths(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
+    """Of texts of equal length, (N, texts, T, D) -> the same, by what is fastest for that length.
+
+    However many texts there are, so that their number does not change the bits.
+    """
+    length, head_size = query.shape[-2:]
+    if not onednn.multiplies(query):
+        return aligned_sdpa(query, key, value, dropout_p)
+    if torch.is_grad_enabled() or dropout_p:
+        return eager_attention(query, key, value, None, dropout_p, fast_dropout)[0]
+    if query.dtype == torch.float32 and length * length * head_size <= MKL_MULTIPLICATIONS:
+        return aligned_sdpa(query, key, value, dropout_p)
+    return onednn_attention(query, key, value)
+
+
 def onednn_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """`eager_attention` of texts of equal length, (N, texts, T, D) -> the same, without gradients.
 
@@ -167,22 +180,21 @@ def onednn_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     context = q.new_empty(q.shape)
     sizes = round_sizes(len(q), most=SCORES // (length * row))  # heads at a time
     memory = q.new_empty(sizes[0], length, row)  # where scores become weights
-    for piece in zip(*(x.split_with_sizes(sizes) for x in (q, k, v, context)), strict=True):
-        some_q, some_k, some_v, some_context = piece
-        rows = memory[: len(some_q)]  # (heads, T, row)
-        weights = rows[..., :length]  # (heads, T, T)
-        weights.baddbmm_(some_q, some_k.mT, beta=0, alpha=head_size**-0.5)  # beta=0: what was there is not read
-        rows[..., length:] = -torch.inf
-        torch.softmax(rows, -1, out=rows)
-        torch.bmm(weights, some_v, out=some_context)
+    with onednn.products_through("oneDNN"):
+        for piece in zip(*(x.split_with_sizes(sizes) for x in (q, k, v, context)), strict=True):
+            some_q, some_k, some_v, some_context = piece
+            rows = memory[: len(some_q)]  # (heads, T, row)
+            weights = rows[..., :length]  # (heads, T, T); with beta=0 what was there is not read:
+            weights.baddbmm_(some_q, some_k.mT, beta=0, alpha=head_size**-0.5)
+            rows[..., length:] = -torch.inf
+            torch.softmax(rows, -1, out=rows)
+            torch.bmm(weights, some_v, out=some_context)
     return context.view(query.shape)
 
 
 def _softmax_filling(length: int, dtype: torch.dtype) -> int:
-    """What a row is filled up by, where that pays: the softmax takes 64 bytes at a time, the rest singly."""
-    if dtype == torch.bfloat16:
-        return -length % 32 if length % 32 > 8 else 0
-    return max(16 - length, 0)
+    """What a row is filled up by, where that pays: the softmax takes 32 numbers at a time, the rest singly."""
+    return -length % 32 if dtype == torch.bfloat16 and length % 32 > 8 else 0
 
 
 def round_sizes(total: int, most: int) -> list[int]:
@@ -210,8 +222,10 @@ def aligned_sdpa(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) ->
         filling = -head_size % (ALIGNMENT // wide.itemsize)  # 0 in every published model
         if filling or wide != dtype:
             query, key, value = (F.pad(state.to(wide), (0, filling)) for state in (query, key, value))
-    context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=head_size**-0.5)
-    return context[..., :head_size].to(dtype)
+    q, k, v = (state.transpose(0, 1) for state in (query, key, value))  # (texts, N, T, D)
+    with onednn.products_through("MKL"):
+        context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=head_size**-0.5)
+    return context[..., :head_size].to(dtype).transpose(0, 1)
 
 
 def varlen_attention(

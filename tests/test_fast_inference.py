@@ -276,6 +276,17 @@ def test_two_types_of_one_model_in_two_threads(minilm: Path) -> None:
             np.testing.assert_array_equal(embeddings, expected[i % 2])
 
 
+@needs_onednn
+def test_short_and_long_texts_in_two_threads(minilm: Path) -> None:
+    """Their attention goes through different libraries, and which one is the whole process's setting."""
+    encoder = SentenceEncoder.from_pretrained(minilm)
+    texts = [[text(words, words) for words in lengths] for lengths in (range(20, 60), range(80, 120))]
+    expected = [encoder.encode(each) for each in texts]
+    with ThreadPoolExecutor(4) as pool:
+        for i, embeddings in enumerate(pool.map(lambda i: encoder.encode(texts[i % 2]), range(12))):
+            np.testing.assert_array_equal(embeddings, expected[i % 2])
+
+
 def test_a_batch_says_what_is_wrong_with_it(tiny: Path) -> None:
     config = BertConfig(vocab_size=10, max_position_embeddings=4)
     with pytest.raises(ValueError, match=r"input_ids\[2\] is 10, it must be from 0 to 9"):

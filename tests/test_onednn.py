@@ -1,13 +1,16 @@
 """The switch that sends float32 products through oneDNN: exact, and put back as it was found."""
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from minibert import onednn
-from minibert.onednn import are_exact, multiplies, onednn_products
+from minibert.onednn import are_exact, multiplies, onednn_products, products_through
 
 needs_onednn = pytest.mark.skipif(not are_exact(), reason="oneDNN's float32 products are not exact here")
 
@@ -98,10 +101,43 @@ def test_the_last_thread_to_leave_puts_it_back() -> None:
     assert setting() == before
 
 
+@needs_onednn
+def test_a_single_call_goes_through_the_library_it_names(capfd: pytest.CaptureFixture[str]) -> None:
+    before = setting()
+    a, b = torch.randn(1, 39, 37), torch.randn(1, 37, 39)
+    for outside in (nullcontext, onednn_products):
+        with outside():
+            held = setting()
+            with products_through("MKL"):
+                assert not through_onednn(a, b, capfd)
+            assert setting() == held
+            with products_through("oneDNN"):
+                assert through_onednn(a, b, capfd)
+            with pytest.raises(KeyError), products_through("MKL"):
+                raise KeyError
+            assert setting() == held
+    assert setting() == before
+
+
+@needs_onednn
+def test_threads_that_want_different_libraries_take_turns() -> None:
+    def both(i: int) -> set[str]:
+        seen = set()
+        for _ in range(200):
+            with products_through("oneDNN" if i % 2 else "MKL"):
+                seen.add(setting())
+                time.sleep(1e-5)
+                seen.add(setting())
+        return seen
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(both, range(4))) == 2 * [{"ieee"}, {"bf16"}]
+
+
 def test_where_the_products_are_rounded_nothing_is_switched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "are_exact", lambda: False)
     before = setting()
-    with onednn_products():
+    with onednn_products(), products_through("oneDNN"):
         assert setting() == before
         assert not multiplies(torch.zeros(12, 100, 32))
 
