@@ -137,6 +137,20 @@ def _fuse_layer(layer: EncoderLayer, hidden_act: str, dtype: torch.dtype | None)
     for module in (layer.attention, feed_forward):
         if type(module.dropout) is nn.Dropout:
             _replace(module, "dropout", _unchanged)
+    for name in ("attention_norm", "feed_forward_norm"):
+        norm = getattr(layer, name)
+        if type(norm) is nn.LayerNorm:
+            _replace(layer, name, _layer_norm(norm))
+
+
+def _layer_norm(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
+    return partial(
+        torch.layer_norm,
+        normalized_shape=norm.normalized_shape,
+        weight=norm.weight,
+        bias=norm.bias,
+        eps=norm.eps,
+    )
 
 
 def _replace(module: nn.Module, name: str, function: Callable[[Tensor], Tensor]) -> None:
