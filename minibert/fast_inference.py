@@ -1,8 +1,8 @@
 """The encoder made fast for inference: the same embeddings and layers, other Linears, no padding.
 
 `run_texts` runs a model's fast copy on texts, `run` on one packed batch. The copy shares the model's embeddings
-and LayerNorms; its Linears hold their weights in the layout that oneDNN multiplies fastest, query, key
-and value as one product and GELU inside the up-projection. docs/performance.md has the measurements.
+and the weights of its LayerNorms; its Linears hold theirs in the layout that oneDNN multiplies fastest, query,
+key and value as one product and GELU inside the up-projection. docs/performance.md has the measurements.
 """
 
 import copy
