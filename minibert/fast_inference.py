@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert.attention import AttentionFunction, SelfAttention
+from minibert.fast_dropout import FastDropout
 from minibert.layers import ACTIVATIONS, EncoderLayer
 from minibert.memory import keep_freed_memory
 from minibert.model import BertModel
@@ -85,6 +86,7 @@ def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> BertModel:
     """The model as `run` wants it. It shares all weights but the Linears', and is made anew when they change.
 
     (Only what is written into a parameter's `.data` goes unnoticed: torch keeps no record of that.)
+    Hooks on a layer are called; hooks on its Linears, LayerNorms and Dropouts are not.
     `dtype` is what the Linears compute in (the weights' own if None); all else stays as in the model.
     """
     state = _add_identities(model, [dtype])
@@ -135,7 +137,7 @@ def _fuse_layer(layer: EncoderLayer, hidden_act: str, dtype: torch.dtype | None)
         if fused:
             feed_forward.activation = _unchanged
     for module in (layer.attention, feed_forward):
-        if type(module.dropout) is nn.Dropout:
+        if type(module.dropout) in (nn.Dropout, FastDropout):
             _replace(module, "dropout", _unchanged)
     for name in ("attention_norm", "feed_forward_norm"):
         norm = getattr(layer, name)

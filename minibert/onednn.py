@@ -46,7 +46,8 @@ def onednn_products() -> Iterator[None]:
     torch does so only where it may round them to bfloat16 on the way (fp32_precision "bf16"). oneDNN
     makes use of that on CPUs with AMX; on others with AVX-512 its products are those of float32, at up
     to twice the rate of MKL. Elsewhere nothing changes. The setting is the whole process's: meanwhile
-    another thread's products may differ in the last bit.
+    another thread's products may differ in the last bit, and those in here while another is in
+    `products_through`.
     """
     global _users, _before
     with _lock:
@@ -64,12 +65,14 @@ def onednn_products() -> Iterator[None]:
 
 
 @contextmanager
-def products_through(library: Literal["oneDNN", "MKL"]) -> Iterator[None]:
-    """While active, float32 products go through this library, if oneDNN's are exact here.
+def products_through(library: Literal["oneDNN", "MKL"], states: Tensor) -> Iterator[None]:
+    """While active, such states' products go through this library: float32 on a CPU, where oneDNN's are exact.
 
-    Whatever other threads use: they wait for each other here, so this is for single calls.
+    Whatever other threads want: they wait for each other, so nothing else belongs in here.
     """
-    if not are_exact():
+    with _lock:
+        exact = states.dtype == torch.float32 and states.device.type == "cpu" and are_exact()
+    if not exact:
         yield
         return
     with _lock:
@@ -82,7 +85,7 @@ def products_through(library: Literal["oneDNN", "MKL"]) -> Iterator[None]:
 
 
 def multiplies(states: Tensor) -> bool:
-    """Whether the products of attention on such states, (..., T, D), go through oneDNN now.
+    """Whether torch now sends the products of attention on such states, (..., T, D), through oneDNN.
 
     Each of them alone is large enough for it, so that it does not matter how many there are.
     """
@@ -96,7 +99,10 @@ def multiplies(states: Tensor) -> bool:
 
 @cache
 def are_exact() -> bool:
-    """Whether oneDNN's products of float32 are those of float32, with all 24 bits, on this CPU."""
+    """Whether oneDNN's products of float32 are those of float32, with all 24 bits, on this CPU.
+
+    The first time it changes the setting for a moment.
+    """
     # The same question that torch asks before it takes oneDNN: AVX-512, on x86.
     if _SETTING is None or not packs_weights(torch.empty(0, dtype=torch.bfloat16)):
         return False
@@ -104,6 +110,7 @@ def are_exact() -> bool:
     numbers = 1 + torch.arange(64 * 64, **kind).view(1, 64, 64) * 2.0**-23  # all alike to bfloat16's 8 bits
     before, _SETTING.fp32_precision = _SETTING.fp32_precision, "bf16"
     try:
-        return torch.equal(numbers @ torch.eye(64, **kind)[None], numbers)
+        with torch.autocast("cpu", enabled=False):
+            return torch.equal(numbers @ torch.eye(64, **kind)[None], numbers)
     finally:
         _SETTING.fp32_precision = before

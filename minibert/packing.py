@@ -180,7 +180,7 @@ def onednn_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     context = q.new_empty(q.shape)
     sizes = round_sizes(len(q), most=SCORES // (length * row))  # heads at a time
     memory = q.new_empty(sizes[0], length, row)  # where scores become weights
-    with onednn.products_through("oneDNN"):
+    with onednn.products_through("oneDNN", q):
         for piece in zip(*(x.split_with_sizes(sizes) for x in (q, k, v, context)), strict=True):
             some_q, some_k, some_v, some_context = piece
             rows = memory[: len(some_q)]  # (heads, T, row)
@@ -220,10 +220,11 @@ def aligned_sdpa(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) ->
     if query.device.type == "cpu":
         wide = torch.promote_types(dtype, torch.float32)  # bfloat16 is slower here
         filling = -head_size % (ALIGNMENT // wide.itemsize)  # 0 in every published model
-        if filling or wide != dtype:
-            query, key, value = (F.pad(state.to(wide), (0, filling)) for state in (query, key, value))
+        query, key, value = (state.to(wide) for state in (query, key, value))
+        if filling:
+            query, key, value = (F.pad(state, (0, filling)) for state in (query, key, value))
     q, k, v = (state.transpose(0, 1) for state in (query, key, value))  # (texts, N, T, D)
-    with onednn.products_through("MKL"):
+    with onednn.products_through("MKL", q):
         context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=head_size**-0.5)
     return context[..., :head_size].to(dtype).transpose(0, 1)
 

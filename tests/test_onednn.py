@@ -108,13 +108,18 @@ def test_a_single_call_goes_through_the_library_it_names(capfd: pytest.CaptureFi
     for outside in (nullcontext, onednn_products):
         with outside():
             held = setting()
-            with products_through("MKL"):
+            with products_through("MKL", a):
                 assert not through_onednn(a, b, capfd)
             assert setting() == held
-            with products_through("oneDNN"):
+            with products_through("oneDNN", a):
                 assert through_onednn(a, b, capfd)
-            with pytest.raises(KeyError), products_through("MKL"):
+            with pytest.raises(KeyError), products_through("MKL", a):
                 raise KeyError
+            with (
+                products_through("MKL", a.bfloat16()),
+                products_through("MKL", a.double()),
+            ):  # no matter for them
+                assert setting() == held
             assert setting() == held
     assert setting() == before
 
@@ -124,7 +129,7 @@ def test_threads_that_want_different_libraries_take_turns() -> None:
     def both(i: int) -> set[str]:
         seen = set()
         for _ in range(200):
-            with products_through("oneDNN" if i % 2 else "MKL"):
+            with products_through("oneDNN" if i % 2 else "MKL", torch.zeros(1)):
                 seen.add(setting())
                 time.sleep(1e-5)
                 seen.add(setting())
@@ -137,7 +142,7 @@ def test_threads_that_want_different_libraries_take_turns() -> None:
 def test_where_the_products_are_rounded_nothing_is_switched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "are_exact", lambda: False)
     before = setting()
-    with onednn_products(), products_through("oneDNN"):
+    with onednn_products(), products_through("oneDNN", torch.zeros(1)):
         assert setting() == before
         assert not multiplies(torch.zeros(12, 100, 32))
 
@@ -153,3 +158,5 @@ def test_rounding_to_bfloat16_is_noticed(monkeypatch: pytest.MonkeyPatch, rounde
     monkeypatch.setattr(torch.Tensor, "__matmul__", amx)
     monkeypatch.setattr(onednn, "packs_weights", lambda weight: True)
     assert are_exact.__wrapped__() == (not rounded)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert are_exact.__wrapped__() == (not rounded)
