@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minibert import onednn
 from minibert.attention import AttentionFunction, SelfAttention
 from minibert.fast_dropout import FastDropout
 from minibert.layers import ACTIVATIONS, EncoderLayer
 from minibert.memory import keep_freed_memory
 from minibert.model import BertModel
-from minibert.onednn import packs_weights
 from minibert.packing import PackedBatch, Packing, varlen_attention
 from weights.safetensors_files import release_memory
 
@@ -45,7 +45,7 @@ class FusedLinear:
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)  # (out, in)
         self.dtype = weight.dtype
         self.activation = activation
-        self.packed = packs_weights(weight)
+        self.packed = onednn.packs_weights(weight)
         if self.packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight)
         bias = torch.cat([linear.bias.detach() for linear in linears]).to(dtype)  # (out,)
@@ -57,12 +57,7 @@ class FusedLinear:
         if not self.packed:
             product = F.linear(x, self.weight, self.bias)
             return ACTIVATIONS[self.activation](product) if self.activation else product
-        if x.shape[0] == 1:  # oneDNN sums a single row in another order than one of several
-            return self(x.expand(2, -1))[:1]
-        # The public torch.utils.mkldnn copies input and output, and cannot fuse the activation.
-        return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
-            x, self.weight, self.bias, self.activation or "none", [], "none"
-        )
+        return onednn.linear(x, self.weight, self.bias, self.activation or "none")
 
 
 class FusedAttention(SelfAttention):

@@ -1,4 +1,5 @@
-"""oneDNN, which comes with torch: where it multiplies faster than MKL, and how to make torch use it.
+"""oneDNN, which comes with torch: where it multiplies faster than MKL, how to make torch use it, and
+how to make it sum every row alike.
 
 docs/performance.md has the measurements.
 """
@@ -16,6 +17,11 @@ from torch import Tensor
 # torch hands products of fewer multiplications than this to other kernels (its mkldnn_gemm_min_size).
 FEWEST_MULTIPLICATIONS = 16**3
 
+# On CPUs with AMX oneDNN sums a row of a bfloat16 product in parts, and for more than FEW_ROWS rows these
+# depend on how many there are and on the threads. Of MANY_ROWS those are used that turn out to be summed alike.
+FEW_ROWS = 32
+MANY_ROWS = (4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64)
+
 
 def packs_weights(weight: Tensor) -> bool:
     """Whether a Linear with this weight is to be packed for oneDNN: on x86 CPUs, in float32 and bfloat16.
@@ -31,6 +37,53 @@ def packs_weights(weight: Tensor) -> bool:
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return weight.dtype == torch.float32
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
+    """`F.linear` and oneDNN's `activation`, (rows, in) -> (rows, out), of a weight that oneDNN has reordered.
+
+    A row's numbers do not depend on the others, nor on how many there are.
+    """
+    if len(x) == 1:  # oneDNN sums a single row in another order than one of several
+        return linear(x.expand(2, -1), weight, bias, activation)[:1]
+    pieces = x.split(_pieces(len(x), weight, activation))
+    # The public torch.utils.mkldnn copies input and output, and cannot fuse the activation.
+    products = [
+        torch.ops.mkldnn._linear_pointwise(piece, weight, bias, activation, [], "none") for piece in pieces
+    ]
+    return products[0] if len(products) == 1 else torch.cat(products)
+
+
+def _pieces(rows: int, weight: Tensor, activation: str) -> list[int]:
+    """`rows` as a sum of numbers of rows that oneDNN sums alike."""
+    if rows <= FEW_ROWS or weight.dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported():
+        return [rows]
+    outputs, inputs = weight.shape
+    sizes = []
+    for size in (*_alike(inputs, outputs, activation, torch.get_num_threads()), FEW_ROWS):
+        sizes += rows // size * [size]
+        rows %= size
+    return [*sizes, rows] if rows else sizes
+
+
+@cache
+def _alike(inputs: int, outputs: int, activation: str, threads: int) -> tuple[int, ...]:
+    """For which numbers of rows a bfloat16 product is summed as it is for few, by trying; the largest first."""
+    generator = torch.Generator().manual_seed(0)
+    # The terms of each sum cancel each other; what is left, about 1, is what the order of summing makes of them.
+    order = torch.randperm(inputs // 2 * 2, generator=generator)
+    row, weight = torch.zeros(1, inputs), torch.zeros(outputs, inputs)
+    row[:, order] = 2.0**20 * torch.randn(1, inputs // 2, generator=generator).repeat(1, 2)
+    half = torch.randn(outputs, inputs // 2, generator=generator)
+    weight[:, order] = torch.cat([half, -half], 1)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16())
+
+    def product(rows: int) -> Tensor:
+        x, bias = row.bfloat16().repeat(rows, 1), torch.zeros(outputs, dtype=torch.bfloat16)
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], "none")  # type: ignore[no-any-return]
+
+    few = product(FEW_ROWS)[:1]
+    return tuple(rows for rows in MANY_ROWS if product(rows).eq(few).all())
 
 
 _SETTING: Any = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
