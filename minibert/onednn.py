@@ -17,6 +17,8 @@ from torch import Tensor
 # torch hands products of fewer multiplications than this to other kernels (its mkldnn_gemm_min_size).
 FEWEST_MULTIPLICATIONS = 16**3
 
+HAS_AMX = bool(torch.cpu._is_amx_tile_supported())  # Intel's matrix registers, for bfloat16
+
 # On CPUs with AMX oneDNN sums a row of a bfloat16 product in parts, and for more than FEW_ROWS rows these
 # depend on how many there are and on the threads. Of MANY_ROWS those are used that turn out to be summed alike.
 FEW_ROWS = 32
@@ -46,17 +48,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") ->
     """
     if len(x) == 1:  # oneDNN sums a single row in another order than one of several
         return linear(x.expand(2, -1), weight, bias, activation)[:1]
-    pieces = x.split(_pieces(len(x), weight, activation))
+    sizes = _sizes(len(x), weight, activation)
+    if len(sizes) == 1:
+        return _linear(x, weight, bias, activation)
+    return torch.cat([linear(piece, weight, bias, activation) for piece in x.split_with_sizes(sizes)])
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
     # The public torch.utils.mkldnn copies input and output, and cannot fuse the activation.
-    products = [
-        torch.ops.mkldnn._linear_pointwise(piece, weight, bias, activation, [], "none") for piece in pieces
-    ]
-    return products[0] if len(products) == 1 else torch.cat(products)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")  # type: ignore[no-any-return]
 
 
-def _pieces(rows: int, weight: Tensor, activation: str) -> list[int]:
+def _sizes(rows: int, weight: Tensor, activation: str) -> list[int]:
     """`rows` as a sum of numbers of rows that oneDNN sums alike."""
-    if rows <= FEW_ROWS or weight.dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported():
+    if rows <= FEW_ROWS or weight.dtype != torch.bfloat16 or not HAS_AMX:
         return [rows]
     outputs, inputs = weight.shape
     sizes = []
@@ -68,9 +73,9 @@ def _pieces(rows: int, weight: Tensor, activation: str) -> list[int]:
 
 @cache
 def _alike(inputs: int, outputs: int, activation: str, threads: int) -> tuple[int, ...]:
-    """For which numbers of rows a bfloat16 product is summed as it is for few, by trying; the largest first."""
+    """The numbers of rows for which a bfloat16 product is summed as for few, by trying; the largest first."""
     generator = torch.Generator().manual_seed(0)
-    # The terms of each sum cancel each other; what is left, about 1, is what the order of summing makes of them.
+    # The terms of each sum cancel each other; what is left, about 1, is what the order of summing makes of it.
     order = torch.randperm(inputs // 2 * 2, generator=generator)
     row, weight = torch.zeros(1, inputs), torch.zeros(outputs, inputs)
     row[:, order] = 2.0**20 * torch.randn(1, inputs // 2, generator=generator).repeat(1, 2)
@@ -80,7 +85,7 @@ def _alike(inputs: int, outputs: int, activation: str, threads: int) -> tuple[in
 
     def product(rows: int) -> Tensor:
         x, bias = row.bfloat16().repeat(rows, 1), torch.zeros(outputs, dtype=torch.bfloat16)
-        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], "none")  # type: ignore[no-any-return]
+        return _linear(x, packed, bias, activation)
 
     few = product(FEW_ROWS)[:1]
     return tuple(rows for rows in MANY_ROWS if product(rows).eq(few).all())

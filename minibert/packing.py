@@ -27,6 +27,7 @@ ALIGNMENT = 64  # bytes; the last bits of MKL's products depend on where in a ca
 
 # Both measured, see docs/performance.md:
 MKL_MULTIPLICATIONS = 64**3  # of a float32 product: up to here the fused attention, MKL's, is faster
+FUSED_BFLOAT16 = 40  # tokens; from here on the fused attention is faster in bfloat16, with AMX
 SCORES = 2**20  # of attention, formed at a time: 4 MB
 
 
@@ -160,7 +161,7 @@ def attention_of_equal_lengths(query: Tensor, key: Tensor, value: Tensor, dropou
     However many texts there are, so that their number does not change the bits.
     """
     length, head_size = query.shape[-2:]
-    if not onednn.multiplies(query):
+    if not onednn.multiplies(query) or (fuses_bfloat16(query) and length >= FUSED_BFLOAT16):
         return aligned_sdpa(query, key, value, dropout_p)
     if torch.is_grad_enabled() or dropout_p:
         return eager_attention(query, key, value, None, dropout_p, fast_dropout)[0]
@@ -217,7 +218,7 @@ def aligned_sdpa(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) ->
     MKL finds every row at the same place of a cache line.
     """
     head_size, dtype = query.shape[-1], query.dtype
-    if query.device.type == "cpu":
+    if query.device.type == "cpu" and not fuses_bfloat16(query):
         wide = torch.promote_types(dtype, torch.float32)  # bfloat16 is slower here
         filling = -head_size % (ALIGNMENT // wide.itemsize)  # 0 in every published model
         query, key, value = (state.to(wide) for state in (query, key, value))
@@ -227,6 +228,11 @@ def aligned_sdpa(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) ->
     with onednn.products_through("MKL", q):
         context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=head_size**-0.5)
     return context[..., :head_size].to(dtype).transpose(0, 1)
+
+
+def fuses_bfloat16(states: Tensor) -> bool:
+    """Whether PyTorch's fused attention has a kernel of its own for such states: bfloat16 on CPUs with AMX."""
+    return states.dtype == torch.bfloat16 and states.device.type == "cpu" and onednn.HAS_AMX
 
 
 def varlen_attention(

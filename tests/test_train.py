@@ -706,7 +706,10 @@ def test_two_processes_train_as_one(no_dropout: Path, tmp_path: Path, freeze: st
             load_file(tmp_path / "one" / name / "model.safetensors"),
             load_file(tmp_path / "two" / name / "model.safetensors"),
         )
-        assert all((a[key] - b[key]).abs().max() < 1e-5 for key in a)
+        for key in a:
+            # A key bias has the gradient 0, but for rounding, and AdamW makes a step even of that.
+            limit = 16 * 1e-4 if key.endswith("key.bias") else 1e-5
+            assert (a[key] - b[key]).abs().max() < limit, key
 
 
 @pytest.mark.slow
