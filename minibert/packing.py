@@ -161,10 +161,12 @@ def attention_of_equal_lengths(query: Tensor, key: Tensor, value: Tensor, dropou
     However many texts there are, so that their number does not change the bits.
     """
     length, head_size = query.shape[-2:]
+    if dropout_p and query.device.type == "cpu":  # the fused attention would draw torch's own numbers
+        return eager_attention(query, key, value, None, dropout_p, fast_dropout)[0]
     if not onednn.multiplies(query) or (fuses_bfloat16(query) and length >= FUSED_BFLOAT16):
         return aligned_sdpa(query, key, value, dropout_p)
-    if torch.is_grad_enabled() or dropout_p:
-        return eager_attention(query, key, value, None, dropout_p, fast_dropout)[0]
+    if torch.is_grad_enabled():
+        return eager_attention(query, key, value, None, dropout_p)[0]
     if query.dtype == torch.float32 and length * length * head_size <= MKL_MULTIPLICATIONS:
         return aligned_sdpa(query, key, value, dropout_p)
     return onednn_attention(query, key, value)
