@@ -103,7 +103,7 @@ class Packing:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         if hidden.is_cuda:  # one kernel for all runs
             return torch.segment_reduce(hidden.to(wide), "mean", lengths=self.lengths)
-        return torch.cat([run.sum(1, dtype=wide) / run.shape[1] for run in self.split(hidden)])
+        return torch.cat([sum_of_tokens(run.to(wide)) / run.shape[1] for run in self.split(hidden)])
 
     def first(self, hidden: Tensor) -> Tensor:
         """(tokens, H) -> each text's first token, [CLS], (texts, H), float32 or wider."""
@@ -153,6 +153,18 @@ class PaddedBatch:
         """(tokens, H) -> (B, T, H), zero where the mask is."""
         empty = packed.new_zeros(self.shape.numel(), packed.shape[1])  # (B * T, H)
         return empty.index_copy(0, self.cells, packed).unflatten(0, self.shape)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def sum_of_tokens(states: Tensor) -> Tensor:
+    """(texts, T, H) -> (texts, H). (How torch's `sum` adds depends on how many texts and threads there are.)"""
+    length = states.shape[1]
+    half = length // 2
+    total = states[:, : length - half].clone()
+    total[:, :half] += states[:, length - half :]
+    while (length := length - half) > 1:
+        half = length // 2
+        total[:, :half] += total[:, length - half : length]
+    return total[:, 0]
 
 
 def attention_of_equal_lengths(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:

@@ -212,6 +212,25 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(
         torch.set_num_threads(available)
 
 
+@pytest.mark.parametrize("width", [39, 384])
+def test_a_mean_does_not_depend_on_the_others(width: int) -> None:
+    """Nor on the threads: 256 tokens are enough for torch to share the work out."""
+    torch.manual_seed(0)
+    hidden = torch.randn(6 * 256 + 13, width)
+    alone = [Packing.of([256], CPU).mean(hidden[i * 256 : (i + 1) * 256]) for i in range(6)]
+    alone.append(Packing.of([13], CPU).mean(hidden[-13:]))
+    exact = [*hidden[:-13].double().view(6, 256, width).mean(1), hidden[-13:].double().mean(0)]
+    available = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            together = Packing.of([*[256] * 6, 13], CPU).mean(hidden)
+            assert torch.equal(together, torch.cat(alone))
+    finally:
+        torch.set_num_threads(available)
+    torch.testing.assert_close(together, torch.stack(exact).float(), atol=1e-7, rtol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------- the pieces
 
 

@@ -4,13 +4,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from minibert import onednn
-from minibert.onednn import are_exact, multiplies, onednn_products, products_through
+from minibert.onednn import are_exact, multiplies, onednn_products, packs_weights, products_through
 
 needs_onednn = pytest.mark.skipif(not are_exact(), reason="oneDNN's float32 products are not exact here")
 
@@ -135,6 +136,33 @@ def test_threads_that_want_different_libraries_take_turns() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(both, range(4))) == 2 * [{"ieee"}, {"bf16"}]
+
+
+@pytest.mark.skipif(not packs_weights(torch.empty(0, dtype=torch.bfloat16)), reason="no bfloat16 here")
+def test_with_amx_many_rows_are_multiplied_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(shape).bfloat16() for shape in ((225, 37), (39, 37), (39,)))
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    pieces: list[int] = []
+
+    def spy(piece: torch.Tensor, *rest: Any) -> torch.Tensor:
+        pieces.append(len(piece))
+        return product(piece, *rest)
+
+    product = onednn._linear
+    monkeypatch.setattr(onednn, "_linear", spy)
+    monkeypatch.setattr(onednn, "_alike", lambda *arguments: (96, 64))
+    for has_amx, expected in ((True, [96, 96, 32, 2]), (False, [225])):  # the last row alone is doubled
+        monkeypatch.setattr(onednn, "HAS_AMX", has_amx)
+        pieces.clear()
+        ours = onednn.linear(x, packed, bias)
+        assert pieces == expected
+        torch.testing.assert_close(
+            ours.double(), F.linear(x.double(), weight.double(), bias.double()), rtol=8e-3, atol=8e-3
+        )
+        pieces.clear()
+        onednn.linear(x.float(), torch.ops.mkldnn._reorder_linear_weight(weight.float()), bias.float())
+        assert pieces == [225]
 
 
 def test_where_the_products_are_rounded_nothing_is_switched(monkeypatch: pytest.MonkeyPatch) -> None:
