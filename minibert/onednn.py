@@ -8,10 +8,11 @@ import platform
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # torch hands products of fewer multiplications than this to other kernels (its mkldnn_gemm_min_size).
@@ -19,9 +20,11 @@ FEWEST_MULTIPLICATIONS = 16**3
 
 HAS_AMX = bool(torch.cpu._is_amx_tile_supported())  # Intel's matrix registers, for bfloat16
 
-# On CPUs with AMX oneDNN sums a row of a bfloat16 product in parts, and for more than FEW_ROWS rows these
-# depend on how many there are and on the threads. Of MANY_ROWS those are used that turn out to be summed alike.
+# With AMX oneDNN sums a long row of a bfloat16 product in parts, and which ones depends on how many rows there
+# are and on the threads; not on the rows up to FEW_ROWS, while the threads are no more than FEW_THREADS. Of
+# MANY_ROWS those are used that turn out to be summed like FEW_ROWS.
 FEW_ROWS = 32
+FEW_THREADS = 16
 MANY_ROWS = (4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64)
 
 
@@ -46,49 +49,57 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") ->
 
     A row's numbers do not depend on the others, nor on how many there are.
     """
-    if len(x) == 1:  # oneDNN sums a single row in another order than one of several
-        return linear(x.expand(2, -1), weight, bias, activation)[:1]
-    sizes = _sizes(len(x), weight, activation)
-    if len(sizes) == 1:
+    if weight.dtype != torch.bfloat16 or not HAS_AMX:
         return _linear(x, weight, bias, activation)
-    return torch.cat([linear(piece, weight, bias, activation) for piece in x.split_with_sizes(sizes)])
+    rows, threads = len(x), torch.get_num_threads()
+    if rows <= FEW_ROWS and threads <= FEW_THREADS:
+        return _linear(x, weight, bias, activation)
+    if threads > FEW_THREADS:
+        x = F.pad(x, (0, 0, 0, -rows % FEW_ROWS))
+    pieces = x.split_with_sizes(_sizes(len(x), weight, activation))
+    return torch.cat([_linear(piece, weight, bias, activation) for piece in pieces])[:rows]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+    if len(x) == 1:  # oneDNN sums a single row in another order than one of several
+        return _linear(x.expand(2, -1), weight, bias, activation)[:1]
     # The public torch.utils.mkldnn copies input and output, and cannot fuse the activation.
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")  # type: ignore[no-any-return]
 
 
 def _sizes(rows: int, weight: Tensor, activation: str) -> list[int]:
-    """`rows` as a sum of numbers of rows that oneDNN sums alike."""
-    if rows <= FEW_ROWS or weight.dtype != torch.bfloat16 or not HAS_AMX:
-        return [rows]
-    outputs, inputs = weight.shape
+    """`rows` as a sum of numbers of rows that are summed alike."""
     sizes = []
-    for size in (*_alike(inputs, outputs, activation, torch.get_num_threads()), FEW_ROWS):
-        sizes += rows // size * [size]
-        rows %= size
-    return [*sizes, rows] if rows else sizes
+    for size in MANY_ROWS:
+        if size <= rows and _is_alike(size, *weight.shape, activation, torch.get_num_threads()):
+            sizes += rows // size * [size]
+            rows %= size
+    sizes += rows // FEW_ROWS * [FEW_ROWS]
+    return [*sizes, rest] if (rest := rows % FEW_ROWS) else sizes
 
 
 @cache
-def _alike(inputs: int, outputs: int, activation: str, threads: int) -> tuple[int, ...]:
-    """The numbers of rows for which a bfloat16 product is summed as for few, by trying; the largest first."""
-    generator = torch.Generator().manual_seed(0)
-    # The terms of each sum cancel each other; what is left, about 1, is what the order of summing makes of it.
-    order = torch.randperm(inputs // 2 * 2, generator=generator)
-    row, weight = torch.zeros(1, inputs), torch.zeros(outputs, inputs)
-    row[:, order] = 2.0**20 * torch.randn(1, inputs // 2, generator=generator).repeat(1, 2)
-    half = torch.randn(outputs, inputs // 2, generator=generator)
-    weight[:, order] = torch.cat([half, -half], 1)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16())
+def _is_alike(rows: int, outputs: int, inputs: int, activation: str, threads: int) -> bool:
+    """Whether so many rows are summed like `FEW_ROWS`. (Tried, but unlike speed it is the same every time.)"""
+    row, weight, bias = _trial(outputs, inputs)
+    few, many = (_linear(row.repeat(n, 1), weight, bias, activation) for n in (FEW_ROWS, rows))
+    return bool(many.eq(few[:1]).all())
 
-    def product(rows: int) -> Tensor:
-        x, bias = row.bfloat16().repeat(rows, 1), torch.zeros(outputs, dtype=torch.bfloat16)
-        return _linear(x, packed, bias, activation)
 
-    few = product(FEW_ROWS)[:1]
-    return tuple(rows for rows in MANY_ROWS if product(rows).eq(few).all())
+@lru_cache(maxsize=1)
+def _trial(outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A row, a reordered weight and a bias. The terms of each sum cancel each other: what is left, about 1, is
+    what the order makes of them.
+    """
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(inputs // 2 * 2, generator=generator)
+        row, weight = torch.zeros(1, inputs), torch.zeros(outputs, inputs)
+        row[:, order] = 2.0**20 * torch.randn(1, inputs // 2, generator=generator).repeat(1, 2)
+        half = torch.randn(outputs, inputs // 2, generator=generator)
+        weight[:, order] = torch.cat([half, -half], 1)
+        reordered = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16())
+        return row.bfloat16(), reordered, torch.zeros(outputs, dtype=torch.bfloat16)
 
 
 _SETTING: Any = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9

@@ -229,7 +229,7 @@ def round_sizes(total: int, most: int) -> list[int]:
 def aligned_sdpa(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
     """`sdpa_attention` of texts of equal length, (N, texts, T, D) -> the same.
 
-    MKL finds every row at the same place of a cache line.
+    MKL, which forms it in float32, finds every row at the same place of a cache line.
     """
     head_size, dtype = query.shape[-1], query.dtype
     if query.device.type == "cpu" and not fuses_bfloat16(query):
@@ -245,8 +245,13 @@ def aligned_sdpa(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) ->
 
 
 def fuses_bfloat16(states: Tensor) -> bool:
-    """Whether PyTorch's fused attention has a kernel of its own for such states: bfloat16 on CPUs with AMX."""
-    return states.dtype == torch.bfloat16 and states.device.type == "cpu" and onednn.HAS_AMX
+    """Whether PyTorch's fused attention is fast in bfloat16 itself: on CPUs with AMX.
+
+    (With more threads the number of texts would change its bits.)
+    """
+    if states.dtype != torch.bfloat16 or states.device.type != "cpu" or not onednn.HAS_AMX:
+        return False
+    return torch.get_num_threads() <= onednn.FEW_THREADS
 
 
 def varlen_attention(

@@ -30,6 +30,12 @@ WORDS = (
 needs_onednn = pytest.mark.skipif(
     not packs_weights(torch.zeros(1)), reason="the promise is made for oneDNN's products"
 )
+needs_bfloat16 = pytest.mark.skipif(
+    not packs_weights(torch.zeros(1, dtype=torch.bfloat16)), reason="the promise is made for oneDNN's products"
+)
+BFLOAT16 = pytest.param(torch.bfloat16, marks=needs_bfloat16)
+FUSED = packing.fuses_bfloat16(torch.zeros(1, dtype=torch.bfloat16))
+THREADS = (1, 2, 3, 8, 32) if onednn.HAS_AMX else (1, 2, 3, 8)
 needs_exact = pytest.mark.skipif(not onednn.are_exact(), reason="oneDNN's float32 products are not exact here")
 
 
@@ -181,7 +187,7 @@ def test_the_bits_do_not_depend_on_the_batch(
 
 
 @needs_onednn
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 @pytest.mark.parametrize("activation", [None, "gelu"])
 @pytest.mark.parametrize(("inputs", "outputs"), [(384, 1152), (768, 768), (3072, 768), (39, 37), (37, 39)])
 def test_a_row_of_a_product_does_not_depend_on_the_others(
@@ -203,11 +209,32 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(
     expected = linear(x)
     available = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3, 8):
+        for threads in THREADS:
             torch.set_num_threads(threads)
             for rows in (1, 2, 3, 7, 16, 17, 33, 64, 255, 1024):
                 for start in (0, 1, 13):
                     assert torch.equal(linear(x[start : start + rows]), expected[start : start + rows])
+    finally:
+        torch.set_num_threads(available)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+@pytest.mark.parametrize("length", [7, 12, 39, 40, 65, 100, 300])
+def test_attention_does_not_depend_on_the_other_texts(length: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    texts, available = 9, torch.get_num_threads()
+    states = torch.randn(3, 12, texts * length, 64).to(dtype)
+    try:
+        for threads in THREADS:
+            torch.set_num_threads(threads)
+            with torch.inference_mode(), onednn.onednn_products():
+                q, k, v = states
+                together, _ = Packing(((texts, length),), CPU).attend(q, k, v, None, 0.0)
+                for i in range(texts):
+                    q, k, v = states[..., i * length : (i + 1) * length, :]
+                    alone, _ = Packing(((1, length),), CPU).attend(q, k, v, None, 0.0)
+                    assert torch.equal(alone, together[:, i * length : (i + 1) * length])
     finally:
         torch.set_num_threads(available)
 
@@ -243,9 +270,9 @@ def test_a_mean_does_not_depend_on_the_others(width: int) -> None:
         (90, 32, torch.float32, False),
         pytest.param(91, 32, torch.float32, True, marks=needs_exact),
         (11, 32, torch.bfloat16, False),
-        (12, 32, torch.bfloat16, True),
-        (39, 32, torch.bfloat16, True),
-        (40, 32, torch.bfloat16, not onednn.HAS_AMX),
+        pytest.param(12, 32, torch.bfloat16, True, marks=needs_bfloat16),
+        pytest.param(39, 32, torch.bfloat16, True, marks=needs_bfloat16),
+        pytest.param(40, 32, torch.bfloat16, not FUSED, marks=needs_bfloat16),
     ],
 )
 def test_the_length_alone_decides_what_forms_attention(

@@ -139,30 +139,38 @@ def test_threads_that_want_different_libraries_take_turns() -> None:
 
 
 @pytest.mark.skipif(not packs_weights(torch.empty(0, dtype=torch.bfloat16)), reason="no bfloat16 here")
-def test_with_amx_many_rows_are_multiplied_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("has_amx", "threads", "rows", "expected"),
+    [
+        (True, 2, 225, [96, 96, 32, 1]),
+        (True, 17, 225, [96, 96, 64]),  # filled up to 256
+        (True, 2, 31, [31]),
+        (True, 17, 31, [32]),
+        (False, 17, 225, [225]),
+    ],
+)
+def test_with_amx_many_rows_are_multiplied_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, has_amx: bool, threads: int, rows: int, expected: list[int]
+) -> None:
     torch.manual_seed(0)
-    x, weight, bias = (torch.randn(shape).bfloat16() for shape in ((225, 37), (39, 37), (39,)))
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-    pieces: list[int] = []
+    x, weight, bias = (torch.randn(shape).bfloat16() for shape in ((rows, 37), (39, 37), (39,)))
+    product, pieces = onednn._linear, []
 
     def spy(piece: torch.Tensor, *rest: Any) -> torch.Tensor:
         pieces.append(len(piece))
-        return product(piece, *rest)
+        return product(piece.expand(max(len(piece), 2), -1), *rest)[: len(piece)]
 
-    product = onednn._linear
     monkeypatch.setattr(onednn, "_linear", spy)
-    monkeypatch.setattr(onednn, "_alike", lambda *arguments: (96, 64))
-    for has_amx, expected in ((True, [96, 96, 32, 2]), (False, [225])):  # the last row alone is doubled
-        monkeypatch.setattr(onednn, "HAS_AMX", has_amx)
-        pieces.clear()
-        ours = onednn.linear(x, packed, bias)
-        assert pieces == expected
-        torch.testing.assert_close(
-            ours.double(), F.linear(x.double(), weight.double(), bias.double()), rtol=8e-3, atol=8e-3
-        )
-        pieces.clear()
-        onednn.linear(x.float(), torch.ops.mkldnn._reorder_linear_weight(weight.float()), bias.float())
-        assert pieces == [225]
+    monkeypatch.setattr(onednn, "_is_alike", lambda rows, *rest: rows in (96, 64))
+    monkeypatch.setattr(onednn, "HAS_AMX", has_amx)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    ours = onednn.linear(x, torch.ops.mkldnn._reorder_linear_weight(weight), bias)
+    assert pieces == expected
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(ours.double(), exact, rtol=8e-3, atol=8e-3)
+    pieces.clear()
+    onednn.linear(x.float(), torch.ops.mkldnn._reorder_linear_weight(weight.float()), bias.float())
+    assert pieces == [rows]
 
 
 def test_where_the_products_are_rounded_nothing_is_switched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +181,7 @@ def test_where_the_products_are_rounded_nothing_is_switched(monkeypatch: pytest.
         assert not multiplies(torch.zeros(12, 100, 32))
 
 
+@pytest.mark.skipif(onednn._SETTING is None, reason="this torch has no such setting")
 @pytest.mark.parametrize("rounded", [False, True])
 def test_rounding_to_bfloat16_is_noticed(monkeypatch: pytest.MonkeyPatch, rounded: bool) -> None:
     """As on a CPU with AMX, on any CPU; and that exact products are, on one with AMX, too."""
