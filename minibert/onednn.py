@@ -57,7 +57,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") ->
     if threads > FEW_THREADS:
         x = F.pad(x, (0, 0, 0, -rows % FEW_ROWS))
     pieces = x.split_with_sizes(_sizes(len(x), weight, activation))
-    return torch.cat([_linear(piece, weight, bias, activation) for piece in pieces])[:rows]
+    products = [_linear(piece, weight, bias, activation) for piece in pieces]
+    return (torch.cat(products) if len(products) > 1 else products[0])[:rows]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
