@@ -44,17 +44,20 @@ def packs_weights(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
+def few_threads() -> bool:
+    """Whether so few that they do not change how AMX sums few rows, nor PyTorch's fused bfloat16 attention."""
+    return torch.get_num_threads() <= FEW_THREADS
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
     """`F.linear` and oneDNN's `activation`, (rows, in) -> (rows, out), of a weight that oneDNN has reordered.
 
     A row's numbers do not depend on the others, nor on how many there are.
     """
-    if weight.dtype != torch.bfloat16 or not HAS_AMX:
+    rows = len(x)
+    if not HAS_AMX or weight.dtype != torch.bfloat16 or (rows <= FEW_ROWS and few_threads()):
         return _linear(x, weight, bias, activation)
-    rows, threads = len(x), torch.get_num_threads()
-    if rows <= FEW_ROWS and threads <= FEW_THREADS:
-        return _linear(x, weight, bias, activation)
-    if threads > FEW_THREADS:
+    if not few_threads():
         x = F.pad(x, (0, 0, 0, -rows % FEW_ROWS))
     pieces = x.split_with_sizes(_sizes(len(x), weight, activation))
     products = [_linear(piece, weight, bias, activation) for piece in pieces]

@@ -178,7 +178,7 @@ def attention_of_equal_lengths(query: Tensor, key: Tensor, value: Tensor, dropou
     if not onednn.multiplies(query) or (fuses_bfloat16(query) and length >= FUSED_BFLOAT16):
         return aligned_sdpa(query, key, value, dropout_p)
     if torch.is_grad_enabled():
-        return eager_attention(query, key, value, None, dropout_p)[0]
+        return eager_attention(query, key, value, None, 0.0)[0]
     if query.dtype == torch.float32 and length * length * head_size <= MKL_MULTIPLICATIONS:
         return aligned_sdpa(query, key, value, dropout_p)
     return onednn_attention(query, key, value)
@@ -249,9 +249,8 @@ def fuses_bfloat16(states: Tensor) -> bool:
 
     (With more threads the number of texts would change its bits.)
     """
-    if states.dtype != torch.bfloat16 or states.device.type != "cpu" or not onednn.HAS_AMX:
-        return False
-    return torch.get_num_threads() <= onednn.FEW_THREADS
+    on_cpu = states.device.type == "cpu"
+    return onednn.HAS_AMX and states.dtype == torch.bfloat16 and on_cpu and onednn.few_threads()
 
 
 def varlen_attention(
