@@ -114,7 +114,8 @@ class BertModel(nn.Module):
             for packed, _ in self.run_layers(batch.pack(hidden), None, start, stop, batch.packing.attend):
                 yield batch.unpack(packed), None
             return
-        attend = attend or ATTENTION_FUNCTIONS[self.attention]
+        if attend is None:
+            attend = ATTENTION_FUNCTIONS[self.attention]
         mask = expand_mask(attention_mask)  # (B, 1, T, T) or None
         for layer in self.layers[start:stop]:
             hidden, weights = layer(hidden, mask, attend)

@@ -8,9 +8,10 @@ ordinary batch (texts, length), and a text's numbers do not depend on how many o
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
-from typing import Self
+from itertools import chain, groupby
+from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,8 +22,10 @@ from minibert.config import BertConfig
 from minibert.fast_dropout import fast_dropout
 from minibert.inputs import check_ids
 
-# The first torch whose varlen_attn can be told not to split a text by the longest one beside it.
-HAS_VARLEN = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+HAS_VARLEN = TORCH >= (2, 11)
+# From 2.12 on varlen_attn splits a text by the longest one beside it, unless told not to; 2.11 never does.
+UNSPLIT: dict[str, Any] = {"num_splits": 1} if TORCH >= (2, 12) else {}
 ALIGNMENT = 64  # bytes; the last bits of MKL's products depend on where in a cache line a row begins
 
 # Both measured, see docs/performance.md:
@@ -62,8 +65,8 @@ class Packing:
     @cached_property
     def lengths(self) -> Tensor:
         """(texts,): how many tokens each text has."""
-        texts, lengths = torch.tensor(self.runs, device=self.device).unbind(1)
-        return lengths.repeat_interleave(texts)
+        texts, lengths = torch.tensor(self.runs).unbind(1)
+        return send(lengths.repeat_interleave(texts), self.device)
 
     @cached_property
     def longest(self) -> int:
@@ -102,7 +105,7 @@ class Packing:
         """(tokens, H) -> the mean of each text's tokens, (texts, H), float32 or wider."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         if hidden.is_cuda:  # one kernel for all runs
-            return torch.segment_reduce(hidden.to(wide), "mean", lengths=self.lengths)
+            return torch.segment_reduce(hidden.to(wide), "mean", lengths=self.lengths, unsafe=True)
         return torch.cat([sum_of_tokens(run.to(wide)) / run.shape[1] for run in self.split(hidden)])
 
     def first(self, hidden: Tensor) -> Tensor:
@@ -127,11 +130,15 @@ class PackedBatch:
             ValueError: an id outside the vocabulary, or a text longer than the model has positions for.
         """
         packing = Packing.of(map(len, rows), device, fill=device.type == "cpu")
-        filling = [0] * packing.filling
-        ids = torch.tensor([token for row in rows for token in row] + filling)  # (tokens,)
-        check_ids(config, ids, packing.longest)
-        positions = torch.tensor([position for row in rows for position in range(len(row))] + filling)
-        return cls(ids.to(device), positions.to(device), packing)
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))  # (texts,)
+        tokens = int(lengths.sum())
+        both = torch.zeros(2, tokens + packing.filling, dtype=torch.int64)
+        ids, positions = both.numpy()[:, :tokens]
+        ids[:] = np.fromiter(chain.from_iterable(rows), np.int64, tokens)
+        positions[:] = np.arange(tokens) - np.repeat(lengths.cumsum() - lengths, lengths)
+        check_ids(config, both[0], packing.longest)
+        input_ids, position_ids = send(both, device)
+        return cls(input_ids, position_ids, packing)
 
 
 class PaddedBatch:
@@ -153,6 +160,11 @@ class PaddedBatch:
         """(tokens, H) -> (B, T, H), zero where the mask is."""
         empty = packed.new_zeros(self.shape.numel(), packed.shape[1])  # (B * T, H)
         return empty.index_copy(0, self.cells, packed).unflatten(0, self.shape)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def send(states: Tensor, device: torch.device) -> Tensor:
+    """From a CPU to `device`, without waiting for what a GPU is at work on."""
+    return states.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else states.to(device)
 
 
 def sum_of_tokens(states: Tensor) -> Tensor:
@@ -267,6 +279,6 @@ def varlen_attention(
 
     q, k, v = (states.transpose(0, 1) for states in (query, key, value))  # (tokens, N, D)
     scale = query.shape[-1] ** -0.5
-    context = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, num_splits=1)
+    context = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, **UNSPLIT)
     assert isinstance(context, Tensor)
     return context.transpose(0, 1), None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, SupportsIndex, overload
+from typing import TYPE_CHECKING, Literal, Self, SupportsIndex, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from minibert.fast_inference import fast_copy, run_texts
 from minibert.model import BertModel
 from minibert.onednn import onednn_products
-from minibert.packing import HAS_VARLEN
+from minibert.packing import HAS_VARLEN, send
 from minibert.pooling import cls_pooling, mean_pooling
 from minibert.sentence_transformers_files import module_files, read_modules
 from minibert.tokenizer import Tokenizer, as_iterable
@@ -24,6 +27,8 @@ from weights import resolve, save_checkpoint
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+T = TypeVar("T")
 
 POOLINGS = {"mean": mean_pooling, "cls": cls_pooling}
 BLOCK_SENTENCES, BLOCK_CHARACTERS = 4096, 1_000_000  # that are read, tokenized and sorted together
@@ -166,7 +171,7 @@ class SentenceEncoder(nn.Module):
     ) -> Iterator[Tensor]:
         """As `encode`, but yields (up to 4,096, H) at a time, in order: for more than fits in memory.
 
-        Only one block of sentences is read ahead and held.
+        Only one block of sentences is held (on a GPU, and one read ahead).
         """
         if batch_size is not None and (not isinstance(batch_size, SupportsIndex) or batch_size < 1):
             raise ValueError(f"batch_size is {batch_size!r}, it must be an integer from 1 up")
@@ -177,35 +182,39 @@ class SentenceEncoder(nn.Module):
     def _encode_blocks(
         self, texts: Iterable[str], batch_size: int | None, normalize: bool, show_progress_bar: bool | None
     ) -> Iterator[Tensor]:
-        remaining, done, cut = iter(texts), 0, 0
-        finished: Tensor | None = None
+        done, cut = 0, 0
         total = len(texts) if isinstance(texts, Sized) else None
+        tokenized = self._tokenize(texts)
+        if self.model.embeddings.word.weight.is_cuda:
+            results = _one_ahead(tokenized)
+        else:
+            results = (call() for call in tokenized)
         with _progress_bar(total, show_progress_bar) as progress:
-            while block := _read_block(remaining):
-                # A GPU still computes the block before this one meanwhile.
-                ids, cut_here = self.tokenizer.token_ids_and_cuts(block, first=done)
-                if finished is not None:
-                    yield finished
-                finished = self._embed(ids, batch_size, progress)  # (block, H)
-                if normalize:
-                    finished = F.normalize(finished, dim=1)
-                done += len(block)
+            for ids, cut_here in results:
+                embeddings = self._embed(ids, batch_size, progress)  # (block, H)
+                yield F.normalize(embeddings, dim=1) if normalize else embeddings
+                done += len(ids)
                 cut += cut_here
-        if finished is not None:
-            yield finished
         self.tokenizer.warn_if_cut(cut, done)
+
+    def _tokenize(self, texts: Iterable[str]) -> Iterator[Callable[[], tuple[list[list[int]], int]]]:
+        """For each block a call that gives its ids, and how many of its texts were cut."""
+        remaining, done = iter(texts), 0
+        while block := _read_block(remaining):
+            yield partial(self.tokenizer.token_ids_and_cuts, block, first=done)
+            done += len(block)
 
     def _embed(self, ids: list[list[int]], batch_size: int | None, progress: Callable[[int], object]) -> Tensor:
         fast = fast_copy(self.model, self.dtype)
         weight = fast.embeddings.word.weight
         if self.compiled and not (HAS_VARLEN and weight.is_cuda and (self.dtype or weight.dtype).itemsize == 2):
-            raise ValueError("compile=True needs a GPU, dtype=torch.bfloat16 and torch 2.13: leave it out")
+            raise ValueError("compile=True needs a GPU, dtype=torch.bfloat16 and torch 2.11: leave it out")
         embeddings = self._empty(len(ids)).zero_()  # a text without any token stays zero
         on_cpu = embeddings.device.type == "cpu"
         with torch.inference_mode(), onednn_products() if on_cpu else nullcontext():
             for batch, packing, hidden in run_texts(fast, ids, batch_size, compiled=self.compiled):
                 pool = packing.mean if self.pooling == "mean" else packing.first
-                embeddings[batch] = pool(hidden)
+                embeddings.index_copy_(0, send(torch.tensor(batch), embeddings.device), pool(hidden))
                 progress(len(batch))
         return embeddings
 
@@ -249,6 +258,18 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+def _one_ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """What the calls give. Each is made in a thread while what the one before it gave is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque[Future[T]] = deque()
+        for call in calls:
+            waiting.append(thread.submit(call))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _read_block(texts: Iterator[str]) -> list[str]:

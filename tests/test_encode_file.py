@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, blocks: int, error: BaseExceptio
     def read_block(texts: Iterator[str]) -> list[str]:
         nonlocal blocks
         blocks -= 1
-        if blocks < -1:  # a block is written when the next one has been read
+        if blocks < 0:  # a block is written before the next one is read
             raise error
         return whole(texts)
 
@@ -389,7 +391,7 @@ def test_resume_and_shard_need_files(small: Path, text: Path, capsys: pytest.Cap
 # ------------------------------------------------------------------------------------------ streaming
 
 
-def test_a_generator_is_read_one_block_ahead(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_generator_is_read_block_by_block(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sentence_encoder, "BLOCK_SENTENCES", 4)
     read = 0
 
@@ -405,8 +407,35 @@ def test_a_generator_is_read_one_block_ahead(small: Path, monkeypatch: pytest.Mo
         rows += len(block)
         ahead.append(read - rows)
     assert rows == len(LINES)
-    assert max(ahead) == 4
+    assert max(ahead) == 0
     np.testing.assert_array_equal(encoder.encode(lines()), encoder.encode(LINES))
+
+
+def test_one_call_is_made_ahead_in_a_thread() -> None:
+    made: list[int] = []
+    wake = threading.Event()
+
+    def call(number: int) -> tuple[int, int]:
+        if number == 2:
+            assert wake.wait(10)
+        made.append(number)
+        return number, threading.get_ident()
+
+    results = sentence_encoder._one_ahead(partial(call, number) for number in range(5))
+    assert next(results)[0] == 0  # while 1 is being made, or is
+    assert next(results)[0] == 1
+    assert made == [0, 1]
+    wake.set()  # else the next would never come
+    rest = list(results)
+    assert [number for number, _ in rest] == made[2:] == [2, 3, 4]
+    assert threading.get_ident() not in {thread for _, thread in rest}
+
+
+def test_what_fails_ahead_is_raised_in_its_turn() -> None:
+    results = sentence_encoder._one_ahead([partial(int, "1"), partial(int, "two"), partial(int, "3")])
+    assert next(results) == 1
+    with pytest.raises(ValueError, match="two"):
+        next(results)
 
 
 def test_long_texts_make_small_blocks(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
