@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from minibert import onednn
 from minibert.attention import AttentionFunction, SelfAttention
+from minibert.config import BertConfig
 from minibert.fast_dropout import FastDropout
 from minibert.layers import ACTIVATIONS, EncoderLayer
 from minibert.memory import keep_freed_memory
@@ -25,9 +26,9 @@ from minibert.model import BertModel
 from minibert.packing import PackedBatch, Packing, varlen_attention
 from weights.safetensors_files import release_memory
 
-# Tokens per batch, at most; on a CPU no more numbers (tokens * H) than fit its caches: docs/performance.md.
-TOKEN_BUDGET = {"cpu": 4096, "gpu": 32768}
-CPU_NUMBERS = 2048 * 768
+# Per batch, at most: tokens, and numbers (tokens * H), which on a CPU fit its caches. See docs/performance.md.
+TOKEN_BUDGET = {"cpu": 4096, "cuda": 65536}
+NUMBERS = {"cpu": 2048 * 768, "cuda": 32768 * 768}
 FUSED_ACTIVATIONS = ("gelu", "relu")  # those that oneDNN computes in the product, under its own names
 
 
@@ -178,13 +179,15 @@ def run_texts(
     """
     device = fast.embeddings.word.weight.device
     order = sorted((i for i, row in enumerate(ids) if row), key=lambda i: -len(ids[i]))
-    if device.type == "cpu":
-        budget = min(TOKEN_BUDGET["cpu"], CPU_NUMBERS // fast.config.hidden_size)
-    else:
-        budget = TOKEN_BUDGET["gpu"]
-    for batch in _cut(order, ids, batch_size, budget):
+    for batch in _cut(order, ids, batch_size, token_budget(fast.config, device)):
         packed = PackedBatch.from_rows([ids[i] for i in batch], fast.config, device)
         yield batch, packed.packing, run(fast, packed, compiled=compiled)
+
+
+def token_budget(config: BertConfig, device: torch.device) -> int:
+    """How many tokens make a batch."""
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    return min(TOKEN_BUDGET[kind], NUMBERS[kind] // config.hidden_size)
 
 
 def _cut(

@@ -28,9 +28,10 @@ HAS_VARLEN = TORCH >= (2, 11)
 UNSPLIT: dict[str, Any] = {"num_splits": 1} if TORCH >= (2, 12) else {}
 ALIGNMENT = 64  # bytes; the last bits of MKL's products depend on where in a cache line a row begins
 
-# Both measured, see docs/performance.md:
+# Measured, see docs/performance.md:
 MKL_MULTIPLICATIONS = 64**3  # of a float32 product: up to here the fused attention, MKL's, is faster
 FUSED_BFLOAT16 = 40  # tokens; from here on the fused attention is faster in bfloat16, with AMX
+GPU_ROWS = 256  # tokens on a GPU are filled up to a multiple of this
 SCORES = 2**20  # of attention, formed at a time: 4 MB
 
 
@@ -50,11 +51,12 @@ class Packing:
         """Of texts of these lengths, none of them 0; equal ones must be neighbours.
 
         With `fill` the tokens are filled up to one of a few numbers. (oneDNN keeps code for every number
-        of rows that it has met: 0.5 MB and 1 to 3 ms for each of them and each Linear.)
+        of rows that it has met: 0.5 MB and 1 to 3 ms for each of them and each Linear. cuBLAS sums fewer
+        than 128 rows in other parts than more.)
         """
         runs = tuple((len(list(run)), length) for length, run in groupby(lengths))
         tokens = sum(texts * length for texts, length in runs)
-        step = 64 if tokens > 512 else 16 if tokens > 64 else 1
+        step = GPU_ROWS if device.type != "cpu" else 64 if tokens > 512 else 16 if tokens > 64 else 1
         return cls(runs, device, -tokens % step if fill else 0)
 
     @cached_property
@@ -129,7 +131,7 @@ class PackedBatch:
         Raises:
             ValueError: an id outside the vocabulary, or a text longer than the model has positions for.
         """
-        packing = Packing.of(map(len, rows), device, fill=device.type == "cpu")
+        packing = Packing.of(map(len, rows), device, fill=True)
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))  # (texts,)
         tokens = int(lengths.sum())
         both = torch.zeros(2, tokens + packing.filling, dtype=torch.int64)

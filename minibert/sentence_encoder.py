@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minibert.fast_inference import fast_copy, run_texts
 from minibert.model import BertModel
 from minibert.onednn import onednn_products
-from minibert.packing import HAS_VARLEN, send
+from minibert.packing import HAS_VARLEN, send, sum_of_tokens
 from minibert.pooling import cls_pooling, mean_pooling
 from minibert.sentence_transformers_files import module_files, read_modules
 from minibert.tokenizer import Tokenizer, as_iterable
@@ -192,7 +192,7 @@ class SentenceEncoder(nn.Module):
         with _progress_bar(total, show_progress_bar) as progress:
             for ids, cut_here in results:
                 embeddings = self._embed(ids, batch_size, progress)  # (block, H)
-                yield F.normalize(embeddings, dim=1) if normalize else embeddings
+                yield _to_length_one(embeddings) if normalize else embeddings
                 done += len(ids)
                 cut += cut_here
         self.tokenizer.warn_if_cut(cut, done)
@@ -258,6 +258,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+def _to_length_one(embeddings: Tensor) -> Tensor:
+    """(n, H) -> the same: `F.normalize`, which on a GPU adds a row's squares in an order that depends on n."""
+    if not embeddings.is_cuda:
+        return F.normalize(embeddings, dim=1)
+    squares = embeddings.square()[..., None]  # (n, H, 1)
+    return embeddings / sum_of_tokens(squares).sqrt().clamp_min(1e-12)
 
 
 def _one_ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:

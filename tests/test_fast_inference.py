@@ -514,17 +514,34 @@ def test_compiling_needs_a_gpu(minilm: Path) -> None:
         encoder.encode("a sentence")
 
 
+def test_few_numbers_of_tokens_reach_a_gpu() -> None:
+    cuda = torch.device("cuda")
+    filled = {Packing.of([n], cuda, fill=True).filling + n for n in range(1, 600)}
+    assert filled == {256, 512, 768}
+    assert Packing.of([7], cuda).filling == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*texts cut to 512 tokens")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_on_a_gpu(minilm: Path, dtype: torch.dtype | None, compiled: bool) -> None:
-    if compiled and dtype is None:
-        pytest.skip("compile=True is for bfloat16")
+@pytest.mark.parametrize("size", ["MiniLM", "two layers of bert-base's"])
+@pytest.mark.parametrize(("dtype", "compiled"), [(None, False), (BFLOAT16, False), (BFLOAT16, True)])
+def test_on_a_gpu(
+    minilm: Path, monkeypatch: pytest.MonkeyPatch, size: str, dtype: torch.dtype | None, compiled: bool
+) -> None:
+    """Faithful, and in bfloat16 the same bits in any batch."""
     texts = varied_texts(200)
-    encoder = SentenceEncoder.from_pretrained(minilm, dtype=dtype, compile=compiled).to("cuda")
-    reference = SentenceEncoder.from_pretrained(minilm)
-    encoder.tokenizer.max_length = reference.tokenizer.max_length = 512
-    wide, together = reference.encode(texts), encoder.encode(texts)
+    model = BertModel.from_pretrained(minilm)
+    if size != "MiniLM":
+        torch.manual_seed(0)
+        model = BertModel(BertConfig(num_hidden_layers=2)).eval()
+    tokenizer = Tokenizer.from_pretrained(minilm)
+    tokenizer.max_length = 512
+    wide = SentenceEncoder(model, tokenizer, normalize_embeddings=True).encode(texts)
+    encoder = SentenceEncoder(model, tokenizer, normalize_embeddings=True, dtype=dtype, compile=compiled).cuda()
+    together = encoder.encode(texts)
     assert (together * wide).sum(1).min() > (0.9999 if dtype else 0.999999)
-    if dtype and not compiled:
+    if dtype:
         np.testing.assert_array_equal(np.stack([encoder.encode(each) for each in texts]), together)
+        np.testing.assert_array_equal(encoder.encode(texts[::-1], batch_size=7)[::-1], together)
+        monkeypatch.setitem(fast_inference.TOKEN_BUDGET, "cuda", 777)
+        np.testing.assert_array_equal(encoder.encode(texts), together)
