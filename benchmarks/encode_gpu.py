@@ -234,6 +234,7 @@ def measure(directory: Path, words: list[str], share: int, rounds: int) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="an eighth of the texts, MiniLM only")
+    parser.add_argument("--model", help="a directory or name, instead of MiniLM and the bert-base-sized model")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("encode_gpu.json"), help="default: %(default)s")
     arguments = parser.parse_args()
@@ -244,8 +245,9 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine() | {"GPU": torch.cuda.get_device_name()}}
     print(", ".join(f"{name} {value}" for name, value in results["machine"].items()))
     with tempfile.TemporaryDirectory() as temporary:
-        models = {"all-MiniLM-L6-v2": resolve("all-MiniLM-L6-v2")}
-        if not arguments.quick:
+        name = arguments.model or "all-MiniLM-L6-v2"
+        models = {name: resolve(name)}
+        if not (arguments.quick or arguments.model):
             models["bert-base size"] = save_base_size(Path(temporary) / "base")
         for name, directory in models.items():
             print(f"\n== {name}")

@@ -67,8 +67,8 @@ class Packing:
     @cached_property
     def lengths(self) -> Tensor:
         """(texts,): how many tokens each text has."""
-        texts, lengths = torch.tensor(self.runs).unbind(1)
-        return send(lengths.repeat_interleave(texts), self.device)
+        texts, lengths = np.array(self.runs, np.int64).T
+        return send(torch.from_numpy(lengths.repeat(texts)), self.device)
 
     @cached_property
     def longest(self) -> int:
@@ -90,7 +90,7 @@ class Packing:
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float
     ) -> tuple[Tensor, None]:
         """An `AttentionFunction` in which a text sees only itself: (N, tokens, D) -> (N, tokens, D)."""
-        if HAS_VARLEN and query.is_cuda and query.dtype.itemsize == 2 and not dropout_p:
+        if has_varlen(query.device, query.dtype, query.shape[2]) and not dropout_p:
             return varlen_attention(query, key, value, mask, dropout_p, self.starts, self.longest)
         if not self.runs:
             return query, None
@@ -134,11 +134,14 @@ class PackedBatch:
         packing = Packing.of(map(len, rows), device, fill=True)
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))  # (texts,)
         tokens = int(lengths.sum())
-        both = torch.zeros(2, tokens + packing.filling, dtype=torch.int64)
-        ids, positions = both.numpy()[:, :tokens]
-        ids[:] = np.fromiter(chain.from_iterable(rows), np.int64, tokens)
-        positions[:] = np.arange(tokens) - np.repeat(lengths.cumsum() - lengths, lengths)
-        check_ids(config, both[0], packing.longest)
+        shape = (2, tokens + packing.filling)
+        # numpy takes one thread: torch would take all, which are busy tokenizing what a GPU gets next.
+        both = torch.empty(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        ids, positions = array = both.numpy()
+        ids[:tokens] = np.fromiter(chain.from_iterable(rows), np.int64, tokens)
+        positions[:tokens] = np.arange(tokens) - np.repeat(lengths.cumsum() - lengths, lengths)
+        array[:, tokens:] = 0
+        check_ids(config, ids, packing.longest)
         input_ids, position_ids = send(both, device)
         return cls(input_ids, position_ids, packing)
 
@@ -267,6 +270,11 @@ def fuses_bfloat16(states: Tensor) -> bool:
     return onednn.HAS_AMX and states.dtype == torch.bfloat16 and on_cpu and onednn.few_threads()
 
 
+def has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether there is one kernel for texts of all lengths: on CUDA, in bfloat16 and float16."""
+    return HAS_VARLEN and device.type == "cuda" and dtype.itemsize == 2 and head_size % 8 == 0
+
+
 def varlen_attention(
     query: Tensor,
     key: Tensor,
@@ -276,7 +284,10 @@ def varlen_attention(
     starts: Tensor,
     longest: int,
 ) -> tuple[Tensor, None]:
-    """`Packing.attend` as one kernel for all runs: on CUDA, in bfloat16 and float16, without dropout."""
+    """`Packing.attend` as one kernel for all runs, where `has_varlen`; without dropout.
+
+    What comes out for the filling is what happened to lie in memory.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (states.transpose(0, 1) for states in (query, key, value))  # (tokens, N, D)

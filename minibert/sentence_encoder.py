@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minibert.fast_inference import fast_copy, run_texts
 from minibert.model import BertModel
 from minibert.onednn import onednn_products
-from minibert.packing import HAS_VARLEN, send, sum_of_tokens
+from minibert.packing import has_varlen, send, sum_of_tokens
 from minibert.pooling import cls_pooling, mean_pooling
 from minibert.sentence_transformers_files import module_files, read_modules
 from minibert.tokenizer import Tokenizer, as_iterable
@@ -207,8 +207,12 @@ class SentenceEncoder(nn.Module):
     def _embed(self, ids: list[list[int]], batch_size: int | None, progress: Callable[[int], object]) -> Tensor:
         fast = fast_copy(self.model, self.dtype)
         weight = fast.embeddings.word.weight
-        if self.compiled and not (HAS_VARLEN and weight.is_cuda and (self.dtype or weight.dtype).itemsize == 2):
-            raise ValueError("compile=True needs a GPU, dtype=torch.bfloat16 and torch 2.11: leave it out")
+        dtype, head_size = self.dtype or weight.dtype, fast.config.head_size
+        if self.compiled and not has_varlen(weight.device, dtype, head_size):
+            raise ValueError(
+                "compile=True needs a GPU, dtype=torch.bfloat16, torch 2.11 and a head size "
+                f"that is a multiple of 8 (it is {head_size}): leave it out"
+            )
         embeddings = self._empty(len(ids)).zero_()  # a text without any token stays zero
         on_cpu = embeddings.device.type == "cpu"
         with torch.inference_mode(), onednn_products() if on_cpu else nullcontext():

@@ -524,7 +524,9 @@ def test_few_numbers_of_tokens_reach_a_gpu() -> None:
 @pytest.mark.filterwarnings("ignore:.*texts cut to 512 tokens")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("size", ["MiniLM", "two layers of bert-base's"])
-@pytest.mark.parametrize(("dtype", "compiled"), [(None, False), (BFLOAT16, False), (BFLOAT16, True)])
+@pytest.mark.parametrize(
+    ("dtype", "compiled"), [(None, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
 def test_on_a_gpu(
     minilm: Path, monkeypatch: pytest.MonkeyPatch, size: str, dtype: torch.dtype | None, compiled: bool
 ) -> None:

@@ -230,6 +230,6 @@ def test_only_fast_runs_use_what_rounds_or_draws_otherwise(
     noting(features, "run_texts")
     noting(torch, "_fused_adamw_")
     noting(train, "keep_freed_memory")  # this one changes no number
-    run(small, tmp_path / "run", f"--freeze layers:1{' --fast' if fast else ''}")
+    run(small, tmp_path / "run", f"--device cpu --freeze layers:1{' --fast' if fast else ''}")
     expected = {"forward", "run_texts", "_fused_adamw_", "fast_dropout"}
     assert used == {"keep_freed_memory"} | (expected if fast else set())
