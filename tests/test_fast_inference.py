@@ -522,6 +522,7 @@ def test_few_numbers_of_tokens_reach_a_gpu() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*texts cut to 512 tokens")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # in torch's compiler
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("size", ["MiniLM", "two layers of bert-base's"])
 @pytest.mark.parametrize(
@@ -530,7 +531,7 @@ def test_few_numbers_of_tokens_reach_a_gpu() -> None:
 def test_on_a_gpu(
     minilm: Path, monkeypatch: pytest.MonkeyPatch, size: str, dtype: torch.dtype | None, compiled: bool
 ) -> None:
-    """Faithful, and in bfloat16 the same bits in any batch."""
+    """Faithful, and in bfloat16, unless it is compiled, the same bits in any batch."""
     texts = varied_texts(200)
     model = BertModel.from_pretrained(minilm)
     if size != "MiniLM":
@@ -542,7 +543,7 @@ def test_on_a_gpu(
     encoder = SentenceEncoder(model, tokenizer, normalize_embeddings=True, dtype=dtype, compile=compiled).cuda()
     together = encoder.encode(texts)
     assert (together * wide).sum(1).min() > (0.9999 if dtype else 0.999999)
-    if dtype:
+    if dtype and not compiled:
         np.testing.assert_array_equal(np.stack([encoder.encode(each) for each in texts]), together)
         np.testing.assert_array_equal(encoder.encode(texts[::-1], batch_size=7)[::-1], together)
         monkeypatch.setitem(fast_inference.TOKEN_BUDGET, "cuda", 777)
