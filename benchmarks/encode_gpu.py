@@ -6,7 +6,7 @@
 The contenders take turns in one process; reported are medians, and medians of the ratios within a round
 (2 is twice as long as ours, which is the compiled one). "% of products" is the useful arithmetic over the time,
 as a share of the rate at which the GPU multiplies by the model's own matrices; "% of square" is of the rate of
-one large square product. Token ids are ready in the first two tables of a model, `encode` starts from texts.
+one large square product. Token ids are ready but in the tables called `encode`, which starts from texts.
 """
 
 import argparse

@@ -23,9 +23,9 @@ from minibert.fast_dropout import fast_dropout
 from minibert.inputs import check_ids
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
-HAS_VARLEN = TORCH >= (2, 11)
-# From 2.12 on varlen_attn splits a text by the longest one beside it, unless told not to; 2.11 never does.
-UNSPLIT: dict[str, Any] = {"num_splits": 1} if TORCH >= (2, 12) else {}
+HAS_VARLEN = TORCH >= (2, 11) and torch.version.hip is None
+# varlen_attn may split a text by the longest one beside it unless told not to; before 2.13 it never did.
+UNSPLIT: dict[str, Any] = {"num_splits": 1} if TORCH >= (2, 13) else {}
 ALIGNMENT = 64  # bytes; the last bits of MKL's products depend on where in a cache line a row begins
 
 # Measured, see docs/performance.md:
@@ -51,12 +51,12 @@ class Packing:
         """Of texts of these lengths, none of them 0; equal ones must be neighbours.
 
         With `fill` the tokens are filled up to one of a few numbers. (oneDNN keeps code for every number
-        of rows that it has met: 0.5 MB and 1 to 3 ms for each of them and each Linear. cuBLAS sums fewer
-        than 128 rows in other parts than more.)
+        of rows that it has met: 0.5 MB and 1 to 3 ms for each of them and each Linear. cuBLAS sums few rows
+        in other parts than many.)
         """
         runs = tuple((len(list(run)), length) for length, run in groupby(lengths))
         tokens = sum(texts * length for texts, length in runs)
-        step = GPU_ROWS if device.type != "cpu" else 64 if tokens > 512 else 16 if tokens > 64 else 1
+        step = GPU_ROWS if device.type == "cuda" else 64 if tokens > 512 else 16 if tokens > 64 else 1
         return cls(runs, device, -tokens % step if fill else 0)
 
     @cached_property
@@ -90,10 +90,10 @@ class Packing:
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float
     ) -> tuple[Tensor, None]:
         """An `AttentionFunction` in which a text sees only itself: (N, tokens, D) -> (N, tokens, D)."""
-        if has_varlen(query.device, query.dtype, query.shape[2]) and not dropout_p:
-            return varlen_attention(query, key, value, mask, dropout_p, self.starts, self.longest)
         if not self.runs:
             return query, None
+        if has_varlen(query.device, query.dtype, query.shape[2]) and not dropout_p:
+            return varlen_attention(query, key, value, mask, dropout_p, self.starts, self.longest)
         contexts = []  # (texts * length, N, D) each
         for q, k, v in zip(*map(self.split, (query, key, value)), strict=True):  # (N, texts, length, D)
             context = attention_of_equal_lengths(q, k, v, dropout_p)
@@ -106,9 +106,9 @@ class Packing:
     def mean(self, hidden: Tensor) -> Tensor:
         """(tokens, H) -> the mean of each text's tokens, (texts, H), float32 or wider."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        if hidden.is_cuda:  # one kernel for all runs
+        if hidden.is_cuda:  # one kernel for all runs; a check of the lengths ("safe") would wait for the GPU
             return torch.segment_reduce(hidden.to(wide), "mean", lengths=self.lengths, unsafe=True)
-        return torch.cat([sum_of_tokens(run.to(wide)) / run.shape[1] for run in self.split(hidden)])
+        return torch.cat([sum_by_halves(run.to(wide)) / run.shape[1] for run in self.split(hidden)])
 
     def first(self, hidden: Tensor) -> Tensor:
         """(tokens, H) -> each text's first token, [CLS], (texts, H), float32 or wider."""
@@ -136,7 +136,7 @@ class PackedBatch:
         tokens = int(lengths.sum())
         shape = (2, tokens + packing.filling)
         # numpy takes one thread: torch would take all, which are busy tokenizing what a GPU gets next.
-        both = torch.empty(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        both = torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         ids, positions = array = both.numpy()
         ids[:tokens] = np.fromiter(chain.from_iterable(rows), np.int64, tokens)
         positions[:tokens] = np.arange(tokens) - np.repeat(lengths.cumsum() - lengths, lengths)
@@ -172,8 +172,8 @@ def send(states: Tensor, device: torch.device) -> Tensor:
     return states.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else states.to(device)
 
 
-def sum_of_tokens(states: Tensor) -> Tensor:
-    """(texts, T, H) -> (texts, H). (How torch's `sum` adds depends on how many texts and threads there are.)"""
+def sum_by_halves(states: Tensor) -> Tensor:
+    """(n, T, H) -> (n, H), summed over T. (How torch's `sum` adds depends on n and the number of threads.)"""
     length = states.shape[1]
     half = length // 2
     total = states[:, : length - half].clone()
@@ -271,8 +271,10 @@ def fuses_bfloat16(states: Tensor) -> bool:
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether there is one kernel for texts of all lengths: on CUDA, in bfloat16 and float16."""
-    return HAS_VARLEN and device.type == "cuda" and dtype.itemsize == 2 and head_size % 8 == 0
+    """Whether there is one kernel for texts of all lengths: on CUDA from Ampere on, in bfloat16 and float16."""
+    if not HAS_VARLEN or device.type != "cuda" or dtype.itemsize != 2 or head_size % 8 or head_size > 256:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def varlen_attention(

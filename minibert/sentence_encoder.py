@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minibert.fast_inference import fast_copy, run_texts
 from minibert.model import BertModel
 from minibert.onednn import onednn_products
-from minibert.packing import has_varlen, send, sum_of_tokens
+from minibert.packing import has_varlen, send, sum_by_halves
 from minibert.pooling import cls_pooling, mean_pooling
 from minibert.sentence_transformers_files import module_files, read_modules
 from minibert.tokenizer import Tokenizer, as_iterable
@@ -185,10 +185,7 @@ class SentenceEncoder(nn.Module):
         done, cut = 0, 0
         total = len(texts) if isinstance(texts, Sized) else None
         tokenized = self._tokenize(texts)
-        if self.model.embeddings.word.weight.is_cuda:
-            results = _one_ahead(tokenized)
-        else:
-            results = (call() for call in tokenized)
+        results = _one_ahead(tokenized) if self._on_gpu() else (call() for call in tokenized)
         with _progress_bar(total, show_progress_bar) as progress:
             for ids, cut_here in results:
                 embeddings = self._embed(ids, batch_size, progress)  # (block, H)
@@ -196,6 +193,9 @@ class SentenceEncoder(nn.Module):
                 done += len(ids)
                 cut += cut_here
         self.tokenizer.warn_if_cut(cut, done)
+
+    def _on_gpu(self) -> bool:
+        return self.model.embeddings.word.weight.is_cuda
 
     def _tokenize(self, texts: Iterable[str]) -> Iterator[Callable[[], tuple[list[list[int]], int]]]:
         """For each block a call that gives its ids, and how many of its texts were cut."""
@@ -210,15 +210,17 @@ class SentenceEncoder(nn.Module):
         dtype, head_size = self.dtype or weight.dtype, fast.config.head_size
         if self.compiled and not has_varlen(weight.device, dtype, head_size):
             raise ValueError(
-                "compile=True needs a GPU, dtype=torch.bfloat16, torch 2.11 and a head size "
-                f"that is a multiple of 8 (it is {head_size}): leave it out"
+                "compile=True needs a GPU (Ampere or newer), dtype=torch.bfloat16, torch 2.11 and a head size "
+                f"that is a multiple of 8 up to 256 (it is {head_size}): leave it out"
             )
         embeddings = self._empty(len(ids)).zero_()  # a text without any token stays zero
         on_cpu = embeddings.device.type == "cpu"
         with torch.inference_mode(), onednn_products() if on_cpu else nullcontext():
             for batch, packing, hidden in run_texts(fast, ids, batch_size, compiled=self.compiled):
                 pool = packing.mean if self.pooling == "mean" else packing.first
-                embeddings.index_copy_(0, send(torch.tensor(batch), embeddings.device), pool(hidden))
+                embeddings.index_copy_(
+                    0, send(torch.tensor(batch, device="cpu"), embeddings.device), pool(hidden)
+                )
                 progress(len(batch))
         return embeddings
 
@@ -265,11 +267,13 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _to_length_one(embeddings: Tensor) -> Tensor:
-    """(n, H) -> the same: `F.normalize`, which on a GPU adds a row's squares in an order that depends on n."""
-    if not embeddings.is_cuda:
-        return F.normalize(embeddings, dim=1)
-    squares = embeddings.square()[..., None]  # (n, H, 1)
-    return embeddings / sum_of_tokens(squares).sqrt().clamp_min(1e-12)
+    """(n, H) -> the same, by `F.normalize` on a CPU: on a GPU the order in which it adds depends on n."""
+    return _divide_by_length(embeddings) if embeddings.is_cuda else F.normalize(embeddings, dim=1)
+
+
+def _divide_by_length(embeddings: Tensor) -> Tensor:
+    lengths = sum_by_halves(embeddings.square()[..., None]).sqrt()  # (n, 1)
+    return embeddings / lengths.clamp_min(1e-12)
 
 
 def _one_ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def encode(model: Path, text: Path, *arguments: str, output: str = "out.npy") -> int:
-    return main(["encode", "--model", str(model), str(text), "-o", str(text.with_name(output)), *arguments])
+    command = ["encode", "--model", str(model), str(text), "-o", str(text.with_name(output)), "--device", "cpu"]
+    return main([*command, *arguments])
 
 
 def files(text: Path) -> set[str]:
@@ -412,23 +413,37 @@ def test_a_generator_is_read_block_by_block(small: Path, monkeypatch: pytest.Mon
 
 
 def test_one_call_is_made_ahead_in_a_thread() -> None:
-    made: list[int] = []
-    wake = threading.Event()
+    taken = 0
+    made = [threading.Event() for _ in range(5)]
 
     def call(number: int) -> tuple[int, int]:
-        if number == 2:
-            assert wake.wait(10)
-        made.append(number)
+        made[number].set()
         return number, threading.get_ident()
 
-    results = sentence_encoder._one_ahead(partial(call, number) for number in range(5))
-    assert next(results)[0] == 0  # while 1 is being made, or is
-    assert next(results)[0] == 1
-    assert made == [0, 1]
-    wake.set()  # else the next would never come
-    rest = list(results)
-    assert [number for number, _ in rest] == made[2:] == [2, 3, 4]
-    assert threading.get_ident() not in {thread for _, thread in rest}
+    def calls() -> Iterator[Callable[[], tuple[int, int]]]:
+        nonlocal taken
+        for number in range(5):
+            taken += 1
+            yield partial(call, number)
+
+    threads = set()
+    for expected, (number, thread) in enumerate(sentence_encoder._one_ahead(calls())):
+        assert number == expected
+        assert taken == min(number + 2, 5)  # no more than one ahead
+        assert made[min(number + 1, 4)].wait(10)  # and that one is made while this one is in use
+        threads.add(thread)
+    assert number == 4
+    assert threading.get_ident() not in threads
+
+
+def test_a_block_ahead_gives_the_same(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = SentenceEncoder.from_pretrained(small)
+    expected = encoder.encode(LINES)
+    monkeypatch.setattr(sentence_encoder, "BLOCK_SENTENCES", 4)
+    monkeypatch.setattr(SentenceEncoder, "_on_gpu", lambda _: True)
+    np.testing.assert_array_equal(encoder.encode(LINES), expected)
+    assert [len(block) for block in encoder.encode_blocks(iter(LINES))] == [4, 4, 4, 4, 4, 3]
+    assert encoder.encode([]).shape == (0, 36)
 
 
 def test_what_fails_ahead_is_raised_in_its_turn() -> None:

@@ -12,12 +12,22 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from heads.data import DEMO
-from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer, fast_inference, onednn, packing
+from minibert import (
+    BertConfig,
+    BertModel,
+    SentenceEncoder,
+    Tokenizer,
+    fast_inference,
+    onednn,
+    packing,
+    sentence_encoder,
+)
 from minibert.attention import eager_attention
 from minibert.fast_inference import FusedLinear, fast_copy, run, run_varlen
 from minibert.onednn import packs_weights
@@ -519,6 +529,56 @@ def test_few_numbers_of_tokens_reach_a_gpu() -> None:
     filled = {Packing.of([n], cuda, fill=True).filling + n for n in range(1, 600)}
     assert filled == {256, 512, 768}
     assert Packing.of([7], cuda).filling == 0
+
+
+def test_the_default_device_does_not_matter(minilm: Path) -> None:
+    encoder = SentenceEncoder.from_pretrained(minilm)
+    expected = encoder.encode(["a sentence", "and another"])
+    with torch.device("meta"):
+        np.testing.assert_array_equal(encoder.encode(["a sentence", "and another"]), expected)
+
+
+@pytest.mark.parametrize(("hidden_size", "budget"), [(32, 65536), (384, 65536), (768, 32768), (1024, 24576)])
+def test_a_gpu_gets_larger_batches(hidden_size: int, budget: int) -> None:
+    assert (
+        fast_inference.token_budget(
+            BertConfig(hidden_size=hidden_size, num_attention_heads=4), torch.device("cuda")
+        )
+        == budget
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype", "head_size", "expected"),
+    [
+        ("cuda", (9, 0), torch.bfloat16, 64, True),
+        ("cuda", (8, 0), torch.float16, 256, True),
+        ("cuda", (7, 5), torch.float16, 64, False),
+        ("cuda", (9, 0), torch.float32, 64, False),
+        ("cuda", (9, 0), torch.bfloat16, 12, False),
+        ("cuda", (9, 0), torch.bfloat16, 264, False),
+        ("cpu", (9, 0), torch.bfloat16, 64, False),
+    ],
+)
+def test_where_one_kernel_attends_to_all_lengths(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    head_size: int,
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(packing, "HAS_VARLEN", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert packing.has_varlen(torch.device(device), dtype, head_size) is expected
+
+
+@pytest.mark.parametrize(("n", "width"), [(1, 1), (5, 2), (3, 37), (7, 384), (0, 36)])
+def test_vectors_of_length_one_on_a_gpu(n: int, width: int) -> None:
+    torch.manual_seed(0)
+    vectors = torch.randn(n, width)
+    torch.testing.assert_close(sentence_encoder._divide_by_length(vectors), F.normalize(vectors, dim=1))
+    assert torch.equal(sentence_encoder._divide_by_length(torch.zeros(2, 3)), torch.zeros(2, 3))
 
 
 @pytest.mark.filterwarnings("ignore:.*texts cut to 512 tokens")
