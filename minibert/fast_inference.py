@@ -230,4 +230,8 @@ def run_varlen(
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
+    import torch._dynamo.config as settings
+
+    # Each kind of model takes two graphs, and with eight torch gives up.
+    settings.recompile_limit = max(settings.recompile_limit, 64)
     return torch.compile(run_varlen, fullgraph=True, dynamic=True)

@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -516,6 +517,33 @@ def test_two_graphs_serve_every_batch(minilm: Path, monkeypatch: pytest.MonkeyPa
         weights = [value.shape for value in given if isinstance(value, Tensor) and value.is_floating_point()]
         assert all(type(size) is int for shape in weights for size in shape)  # only tokens and texts vary
         assert torch.Size([1152, 384]) in weights
+
+
+@pytest.mark.slow
+def test_many_kinds_of_models_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes two graphs, of which torch allows eight unless it is told otherwise."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_mask)
+    monkeypatch.setattr(onednn, "packs_weights", lambda weight: False)  # as on a GPU
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    fast_inference._compiled.cache_clear()
+    torch._dynamo.reset()
+    for heads in range(1, 7):
+        config = BertConfig(
+            vocab_size=2000,
+            hidden_size=8 * heads,
+            num_attention_heads=heads,
+            num_hidden_layers=1,
+            intermediate_size=7,
+        )
+        fast = fast_copy(BertModel(config).eval())
+        for batch in batches(config):
+            with torch.no_grad():
+                texts = slice(batch.packing.starts[-1])  # not the filling
+                ours = run(fast, batch, compiled=True)[texts]
+                torch.testing.assert_close(ours, run(fast, batch)[texts], atol=2e-5, rtol=0)
+    fast_inference._compiled.cache_clear()
+    torch._dynamo.reset()
 
 
 def test_compiling_needs_a_gpu(minilm: Path) -> None:
