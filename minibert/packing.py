@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, groupby
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from minibert.attention import eager_attention
 from minibert.config import BertConfig
 from minibert.fast_dropout import fast_dropout
 from minibert.inputs import check_ids
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 HAS_VARLEN = TORCH >= (2, 11) and torch.version.hip is None
@@ -68,7 +71,7 @@ class Packing:
     def lengths(self) -> Tensor:
         """(texts,): how many tokens each text has."""
         texts, lengths = np.array(self.runs, np.int64).T
-        return send(torch.from_numpy(lengths.repeat(texts)), self.device)
+        return send(lengths.repeat(texts), self.device)
 
     @cached_property
     def longest(self) -> int:
@@ -132,18 +135,11 @@ class PackedBatch:
             ValueError: an id outside the vocabulary, or a text longer than the model has positions for.
         """
         packing = Packing.of(map(len, rows), device, fill=True)
-        lengths = np.fromiter(map(len, rows), np.int64, len(rows))  # (texts,)
-        tokens = int(lengths.sum())
-        shape = (2, tokens + packing.filling)
-        # numpy takes one thread: torch would take all, which are busy tokenizing what a GPU gets next.
-        both = torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-        ids, positions = array = both.numpy()
-        ids[:tokens] = np.fromiter(chain.from_iterable(rows), np.int64, tokens)
-        positions[:tokens] = np.arange(tokens) - np.repeat(lengths.cumsum() - lengths, lengths)
-        array[:, tokens:] = 0
+        upwards, filling = np.arange(packing.longest), np.zeros(packing.filling, np.int64)
+        positions = np.concatenate([*(upwards[: len(row)] for row in rows), filling])  # (tokens,)
+        ids = np.fromiter(chain(*rows, filling), np.int64, len(positions))
         check_ids(config, ids, packing.longest)
-        input_ids, position_ids = send(both, device)
-        return cls(input_ids, position_ids, packing)
+        return cls(send(ids, device), send(positions, device), packing)
 
 
 class PaddedBatch:
@@ -167,9 +163,16 @@ class PaddedBatch:
         return empty.index_copy(0, self.cells, packed).unflatten(0, self.shape)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def send(states: Tensor, device: torch.device) -> Tensor:
-    """From a CPU to `device`, without waiting for what a GPU is at work on."""
-    return states.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else states.to(device)
+def send(array: "NDArray[np.int64]", device: torch.device) -> Tensor:
+    """As a tensor on `device`, without waiting for what a GPU is at work on.
+
+    numpy takes one thread to copy, torch would take all, which are busy tokenizing what a GPU gets next.
+    """
+    if device.type != "cuda":
+        return torch.from_numpy(array).to(device)
+    pinned = torch.empty(array.shape, dtype=torch.int64, device="cpu", pin_memory=True)
+    pinned.numpy()[:] = array
+    return pinned.to(device, non_blocking=True)
 
 
 def sum_by_halves(states: Tensor) -> Tensor:

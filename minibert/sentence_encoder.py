@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, SupportsIndex, TypeVar, overload
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +26,6 @@ from minibert.tokenizer import Tokenizer, as_iterable
 from weights import resolve, save_checkpoint
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 T = TypeVar("T")
@@ -218,9 +218,7 @@ class SentenceEncoder(nn.Module):
         with torch.inference_mode(), onednn_products() if on_cpu else nullcontext():
             for batch, packing, hidden in run_texts(fast, ids, batch_size, compiled=self.compiled):
                 pool = packing.mean if self.pooling == "mean" else packing.first
-                embeddings.index_copy_(
-                    0, send(torch.tensor(batch, device="cpu"), embeddings.device), pool(hidden)
-                )
+                embeddings.index_copy_(0, send(np.array(batch), embeddings.device), pool(hidden))
                 progress(len(batch))
         return embeddings
 
