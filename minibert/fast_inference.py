@@ -54,7 +54,8 @@ class FusedLinear:
         self.weight, self.bias = (nn.Parameter(each, requires_grad=False) for each in (weight, bias))
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
+        if x.dtype != self.dtype:
+            x = x.to(self.dtype)
         if not self.packed:
             product = F.linear(x, self.weight, self.bias)
             return ACTIVATIONS[self.activation](product) if self.activation else product

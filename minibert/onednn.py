@@ -7,7 +7,7 @@ docs/performance.md has the measurements.
 import platform
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, lru_cache
 from typing import Any, Literal
 
@@ -54,18 +54,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") ->
 
     A row's numbers do not depend on the others, nor on how many there are.
     """
-    rows = len(x)
+    rows = x.shape[0]  # len() of a tensor is written in Python
     if not HAS_AMX or weight.dtype != torch.bfloat16 or (rows <= FEW_ROWS and few_threads()):
         return _linear(x, weight, bias, activation)
     if not few_threads():
         x = F.pad(x, (0, 0, 0, -rows % FEW_ROWS))
-    pieces = x.split_with_sizes(_sizes(len(x), weight, activation))
+    pieces = x.split_with_sizes(_sizes(x.shape[0], weight, activation))
     products = [_linear(piece, weight, bias, activation) for piece in pieces]
     return (torch.cat(products) if len(products) > 1 else products[0])[:rows]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
-    if len(x) == 1:  # oneDNN sums a single row in another order than one of several
+    if x.shape[0] == 1:  # oneDNN sums a single row in another order than one of several
         return _linear(x.expand(2, -1), weight, bias, activation)[:1]
     # The public torch.utils.mkldnn copies input and output, and cannot fuse the activation.
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")  # type: ignore[no-any-return]
@@ -107,7 +107,7 @@ def _trial(outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _SETTING: Any = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
-_lock = threading.Lock()
+_lock = threading.RLock()
 _users = 0  # of the setting: threads may encode at the same time
 _before = "none"
 
@@ -137,20 +137,20 @@ def onednn_products() -> Iterator[None]:
                 _SETTING.fp32_precision = _before
 
 
-@contextmanager
-def products_through(library: Literal["oneDNN", "MKL"], states: Tensor) -> Iterator[None]:
+def products_through(library: Literal["oneDNN", "MKL"], states: Tensor) -> AbstractContextManager[None]:
     """While active, such states' products go through this library: float32 on a CPU, where oneDNN's are exact.
 
-    Whatever other threads want: they wait for each other, so nothing else belongs in here.
+    Whatever other threads want: they wait for each other, so nothing else belongs in there.
     """
+    if states.dtype == torch.float32 and states.device.type == "cpu" and are_exact():
+        return _through("bf16" if library == "oneDNN" else "ieee")
+    return nullcontext()
+
+
+@contextmanager
+def _through(precision: str) -> Iterator[None]:
     with _lock:
-        exact = states.dtype == torch.float32 and states.device.type == "cpu" and are_exact()
-    if not exact:
-        yield
-        return
-    with _lock:
-        before = _SETTING.fp32_precision
-        _SETTING.fp32_precision = "bf16" if library == "oneDNN" else "ieee"
+        before, _SETTING.fp32_precision = _SETTING.fp32_precision, precision
         try:
             yield
         finally:
@@ -181,9 +181,9 @@ def are_exact() -> bool:
         return False
     kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     numbers = 1 + torch.arange(64 * 64, **kind).view(1, 64, 64) * 2.0**-23  # all alike to bfloat16's 8 bits
-    before, _SETTING.fp32_precision = _SETTING.fp32_precision, "bf16"
-    try:
-        with torch.autocast("cpu", enabled=False):
+    with _lock, torch.autocast("cpu", enabled=False):
+        before, _SETTING.fp32_precision = _SETTING.fp32_precision, "bf16"
+        try:
             return torch.equal(numbers @ torch.eye(64, **kind)[None], numbers)
-    finally:
-        _SETTING.fp32_precision = before
+        finally:
+            _SETTING.fp32_precision = before

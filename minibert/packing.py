@@ -97,14 +97,18 @@ class Packing:
             return query, None
         if has_varlen(query.device, query.dtype, query.shape[2]) and not dropout_p:
             return varlen_attention(query, key, value, mask, dropout_p, self.starts, self.longest)
+        if len(self.runs) == 1 and not self.filling:  # one text, say: less to call
+            shape = (query.shape[0], *self.runs[0], query.shape[2])  # (N, texts, length, D)
+            q, k, v = query.view(shape), key.view(shape), value.view(shape)
+            context = attention_of_equal_lengths(q, k, v, dropout_p)
+            return context.flatten(1, 2), None
         contexts = []  # (texts * length, N, D) each
         for q, k, v in zip(*map(self.split, (query, key, value)), strict=True):  # (N, texts, length, D)
             context = attention_of_equal_lengths(q, k, v, dropout_p)
             contexts.append(context.flatten(1, 2).transpose(0, 1))
         if self.filling:
             contexts.append(query.new_zeros(self.filling, len(query), query.shape[2]))
-        context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
-        return context.transpose(0, 1), None
+        return torch.cat(contexts).transpose(0, 1), None
 
     def mean(self, hidden: Tensor) -> Tensor:
         """(tokens, H) -> the mean of each text's tokens, (texts, H), float32 or wider."""
@@ -252,16 +256,20 @@ def aligned_sdpa(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) ->
     MKL, which forms it in float32, finds every row at the same place of a cache line.
     """
     head_size, dtype = query.shape[-1], query.dtype
+    wide, filling = dtype, 0
     if query.device.type == "cpu" and not fuses_bfloat16(query):
         wide = torch.promote_types(dtype, torch.float32)  # bfloat16 is slower here
         filling = -head_size % (ALIGNMENT // wide.itemsize)  # 0 in every published model
-        query, key, value = (state.to(wide) for state in (query, key, value))
-        if filling:
-            query, key, value = (F.pad(state, (0, filling)) for state in (query, key, value))
-    q, k, v = (state.transpose(0, 1) for state in (query, key, value))  # (texts, N, T, D)
+    if wide != dtype:
+        query, key, value = query.to(wide), key.to(wide), value.to(wide)
+    if filling:
+        query, key, value = (F.pad(state, (0, filling)) for state in (query, key, value))
+    q, k, v = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)  # (texts, N, T, D)
     with onednn.products_through("MKL", q):
         context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=head_size**-0.5)
-    return context[..., :head_size].to(dtype).transpose(0, 1)
+    if filling:
+        context = context[..., :head_size]
+    return context.to(dtype).transpose(0, 1)
 
 
 def fuses_bfloat16(states: Tensor) -> bool:
