@@ -115,6 +115,7 @@ def new_fast_copy(model: BertModel, dtype: torch.dtype | None = None, layers: in
     keep_freed_memory()
     fast = copy.deepcopy(model, memo={id(weight): weight for weight in model.parameters()})
     fast.layers = fast.layers[:layers]
+    _replace_by_functions(fast.embeddings, "norm", "dropout")
     for layer in fast.layers:
         used = list(layer.parameters())
         _fuse_layer(cast(EncoderLayer, layer), model.config.hidden_act, dtype)
@@ -133,13 +134,19 @@ def _fuse_layer(layer: EncoderLayer, hidden_act: str, dtype: torch.dtype | None)
         _replace(feed_forward, "down", FusedLinear(feed_forward.down, dtype=dtype))
         if fused:
             feed_forward.activation = _unchanged
+    _replace_by_functions(layer, "attention_norm", "feed_forward_norm")
     for module in (layer.attention, feed_forward):
-        if type(module.dropout) in (nn.Dropout, FastDropout):
-            _replace(module, "dropout", _unchanged)
-    for name in ("attention_norm", "feed_forward_norm"):
-        norm = getattr(layer, name)
-        if type(norm) is nn.LayerNorm:
-            _replace(layer, name, _layer_norm(norm))
+        _replace_by_functions(module, "dropout")
+
+
+def _replace_by_functions(module: nn.Module, *names: str) -> None:
+    """LayerNorms by what they call, Dropouts by nothing. (Calling a Module takes as long as some compute.)"""
+    for name in names:
+        part = getattr(module, name, None)
+        if type(part) is nn.LayerNorm:
+            _replace(module, name, _layer_norm(part))
+        elif type(part) in (nn.Dropout, FastDropout):
+            _replace(module, name, _unchanged)
 
 
 def _layer_norm(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
