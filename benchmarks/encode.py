@@ -105,13 +105,15 @@ def operations(config: BertConfig, lengths: Sequence[int]) -> int:
     return config.num_hidden_layers * (linear_operations(config, sum(lengths)) + attention)
 
 
-def products(config: BertConfig, dtype: torch.dtype, packed: bool) -> Callable[[], object]:
+def products(
+    config: BertConfig, dtype: torch.dtype, packed: bool, rows: int = PRODUCT_ROWS, device: str = "cpu"
+) -> Callable[[], object]:
     """Multiplies by a layer's matrices, query, key and value as one."""
     hidden, wide = config.hidden_size, config.intermediate_size
     calls: list[Callable[[], Tensor]] = []
     for ins, outs in ((hidden, 3 * hidden), (hidden, hidden), (hidden, wide), (wide, hidden)):
-        shapes = ((PRODUCT_ROWS, ins), (outs, ins), (outs,))
-        x, weight, bias = (torch.randn(shape).to(dtype) for shape in shapes)
+        shapes = ((rows, ins), (outs, ins), (outs,))
+        x, weight, bias = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
         if packed and packs_weights(weight):
             weight = torch.ops.mkldnn._reorder_linear_weight(weight)
             calls.append(partial(torch.ops.mkldnn._linear_pointwise, x, weight, bias, "none", [], "none"))
@@ -290,12 +292,11 @@ def latency(contenders: Mapping[str, Encode], blocks: int) -> Rows:
 def same_bits(contenders: Mapping[str, Encode], texts: list[str]) -> Rows:
     """How many embeddings are the same to the last bit alone and all together."""
     rows = {}
-    for name in (FLOAT32, BFLOAT16, ST):
-        if encode := contenders.get(name):
-            together = torch.as_tensor(encode(texts))
-            alone = torch.cat([torch.as_tensor(encode([text])) for text in texts])
-            same = int((alone == together).all(1).sum())
-            rows[name] = {"identical": float(same), "of": float(len(texts))}
+    for name, encode in contenders.items():
+        together = torch.as_tensor(encode(texts))
+        alone = torch.cat([torch.as_tensor(encode([text])) for text in texts])
+        same = int((alone == together).all(1).sum())
+        rows[name] = {"identical": float(same), "of": float(len(texts))}
     return rows
 
 
@@ -336,7 +337,8 @@ def measure(
         rows = throughput(config, texts, lengths, chosen, arguments.rounds)
         yield f"{kind}: {len(texts)} texts, {sum(lengths):,} tokens", rows
     yield "one short sentence", latency(contenders, arguments.rounds)
-    yield "same bits", same_bits(contenders, make_texts(words, "short", arguments.bits))
+    compared = {name: f for name, f in contenders.items() if name in (FLOAT32, BFLOAT16, ST)}
+    yield "same bits", same_bits(compared, make_texts(words, "short", arguments.bits))
 
 
 def machine() -> dict[str, str | int]:

@@ -7,9 +7,11 @@ The contenders take turns in one process; reported are medians, and medians of t
 (2 is twice as long as ours, which is the compiled one). "% of products" is the useful arithmetic over the time,
 as a share of the rate at which the GPU multiplies by the model's own matrices; "% of square" is of the rate of
 one large square product. Token ids are ready but in the tables called `encode`, which starts from texts.
+transformers and sentence-transformers come with the test extra.
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import tempfile
@@ -24,15 +26,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.encode import (
-    Encode,
+    PRODUCT_REPEATS,
     Rows,
     linear_operations,
     machine,
     make_texts,
     operations,
     print_table,
+    products,
     ratio,
     read_words,
+    same_bits,
     take_turns,
 )
 from benchmarks.load import save_base_size
@@ -59,24 +63,9 @@ def finished(call: Callable[[], object]) -> Callable[[], None]:
     return run
 
 
-def products(config: BertConfig) -> tuple[Callable[[], object], int]:
-    """Multiplies by the matrices of a layer ten times; how many operations that is."""
-    hidden, wide, rows = (
-        config.hidden_size,
-        config.intermediate_size,
-        token_budget(config, torch.device("cuda")),
-    )
-    kind: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
-    calls: list[Callable[[], Tensor]] = []
-    for ins, outs in ((hidden, 3 * hidden), (hidden, hidden), (hidden, wide), (wide, hidden)):
-        shapes = ((rows, ins), (outs, ins), (outs,))
-        calls.append(partial(F.linear, *(torch.randn(shape, **kind) for shape in shapes)))
-    return lambda: [call().shape for _ in range(10) for call in calls], 10 * linear_operations(config, rows)
-
-
-def square() -> tuple[Callable[[], object], int]:
+def square() -> Callable[[], object]:
     a, b = torch.randn(2, SQUARE, SQUARE, device="cuda", dtype=torch.bfloat16)
-    return lambda: [(a @ b).shape for _ in range(4)], 4 * 2 * SQUARE**3
+    return lambda: [(a @ b).shape for _ in range(PRODUCT_REPEATS)]
 
 
 def ours(encoder: SentenceEncoder, ids: Ids) -> Callable[[], object]:
@@ -143,13 +132,13 @@ def forward_alone(
         calls[f"transformers, {size}"] = theirs(model, ids, size)
         if longest_first != ids:
             calls[f"the same, sorted, {size}"] = theirs(model, longest_first, size)
-    (multiply, some), (square_up, more) = products(config), square()
-    taken = compare(calls | {"products": multiply, "square": square_up}, rounds)
-    useful = operations(config, [len(row) for row in ids])
-    rates = {
-        name: [work / seconds / 1e12 for seconds in taken[name]]
-        for name, work in (*((name, useful) for name in calls), ("products", some), ("square", more))
-    }
+    tokens = token_budget(config, torch.device("cuda"))
+    multiply = products(config, torch.bfloat16, packed=False, rows=tokens, device="cuda")
+    taken = compare(calls | {"products": multiply, "square": square()}, rounds)
+    work = dict.fromkeys(calls, operations(config, [len(row) for row in ids]))
+    bare = {"products": linear_operations(config, tokens), "square": 2 * SQUARE**3}
+    work |= {name: PRODUCT_REPEATS * count for name, count in bare.items()}
+    rates = {name: [work[name] / seconds / 1e12 for seconds in taken[name]] for name in taken}
     rows = {}
     for name, rate in rates.items():
         rows[name] = {"TFLOP/s": statistics.median(rate)}
@@ -188,22 +177,6 @@ def from_texts(
     }
 
 
-def same_bits(encoders: Mapping[str, SentenceEncoder], wide: Encode, texts: list[str]) -> Rows:
-    """How many embeddings are the same alone, by seven and all together; the last ones' cosines to float32."""
-    rows = {}
-    expected = torch.as_tensor(wide(texts))
-    for name, encoder in encoders.items():
-        together, by_seven = (torch.as_tensor(encoder.encode(texts, batch_size=size)) for size in (None, 7))
-        alone = torch.stack([torch.as_tensor(encoder.encode(text)) for text in texts])
-        rows[name] = {
-            "alone": float((alone == together).all(1).sum()),
-            "by seven": float((by_seven == together).all(1).sum()),
-            "of": float(len(texts)),
-            "min cosine": float(F.cosine_similarity(together, expected).min()),
-        }
-    return rows
-
-
 def measure(directory: Path, words: list[str], share: int, rounds: int) -> dict[str, Rows]:
     config = BertConfig.from_pretrained(directory)
     encoders, model = find_encoders(directory), find_model(directory)
@@ -225,9 +198,14 @@ def measure(directory: Path, words: list[str], share: int, rounds: int) -> dict[
         report(f"{title}, ids known", forward_alone(config, ids, encoders, model, rounds))
         report(f"{title}, encode", from_texts(directory, texts, tokens, encoders, rounds))
     texts = make_texts(words, "short", 150) + make_texts(words, "mixed", 50)
-    wide = SentenceEncoder.from_pretrained(directory)
+    rows = same_bits({name: encoder.encode for name, encoder in encoders.items()}, texts)
+    wide = SentenceEncoder.from_pretrained(directory).cuda()
     wide.tokenizer.max_length = encoders[EAGER].tokenizer.max_length
-    report("same bits", same_bits(encoders, wide.cuda().encode, texts))
+    expected = wide.encode(texts, convert_to_tensor=True)
+    for name, encoder in encoders.items():
+        cosines = F.cosine_similarity(encoder.encode(texts, convert_to_tensor=True), expected)
+        rows[name]["min cosine"] = float(cosines.min())
+    report("same bits", rows)
     return results
 
 
@@ -235,11 +213,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="an eighth of the texts, MiniLM only")
     parser.add_argument("--model", help="a directory or name, instead of MiniLM and the bert-base-sized model")
-    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, help="default: 5")
     parser.add_argument("--output", type=Path, default=Path("encode_gpu.json"), help="default: %(default)s")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a GPU; benchmarks.encode measures on a CPU")
+    for library in ("transformers", "sentence_transformers"):
+        if importlib.util.find_spec(library) is None:
+            raise SystemExit(f'{library} is not installed: pip install -e ".[test]"')
     warnings.filterwarnings("ignore", message=".* texts cut to")
     words, share = read_words(None), 8 if arguments.quick else 1
     results: dict[str, Any] = {"machine": machine() | {"GPU": torch.cuda.get_device_name()}}
@@ -251,7 +232,7 @@ def main() -> None:
             models["bert-base size"] = save_base_size(Path(temporary) / "base")
         for name, directory in models.items():
             print(f"\n== {name}")
-            results[name] = measure(directory, words, share, arguments.rounds)
+            results[name] = measure(directory, words, share, arguments.rounds or 5)
     arguments.output.write_text(json.dumps(results, indent=2) + "\n")
     print(f"\nwrote {arguments.output}")
 

@@ -10,7 +10,7 @@ from minibert.config import BertConfig
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Ids: TypeAlias = "Tensor | NDArray[Any]"
+Array: TypeAlias = "Tensor | NDArray[Any]"
 
 
 def check_inputs(
@@ -33,7 +33,7 @@ def check_inputs(
         _check_range("token_type_ids", token_type_ids, config.type_vocab_size, "type_vocab_size")
 
 
-def check_ids(config: BertConfig, input_ids: Ids, longest: int) -> None:
+def check_ids(config: BertConfig, input_ids: Array, longest: int) -> None:
     """Raises ValueError unless the model has a vector for each id, and positions for the longest text."""
     _check_range("input_ids", input_ids, config.vocab_size, "vocab_size")
     if longest > config.max_position_embeddings:
@@ -57,7 +57,7 @@ def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
         )
 
 
-def _check_range(name: str, ids: Ids, size: int, size_name: str) -> None:
+def _check_range(name: str, ids: Array, size: int, size_name: str) -> None:
     _check_none(name, ids, (ids < 0) | (ids >= size), f"from 0 to {size - 1} ({size_name} {size})")
 
 
@@ -69,7 +69,7 @@ def check_mask(mask: Tensor, shape: torch.Size) -> None:
     _check_none("attention_mask", mask, (mask != 0) & (mask != 1), "1 for a token and 0 for padding")
 
 
-def _check_none(name: str, tensor: Ids, wrong: Ids, expected: str) -> None:
+def _check_none(name: str, tensor: Array, wrong: Array, expected: str) -> None:
     if wrong.any():
         where = tuple(torch.as_tensor(wrong).nonzero()[0].tolist())
         raise ValueError(f"{name}{list(where)} is {tensor[where].item()}, it must be {expected}")
