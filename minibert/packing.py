@@ -211,19 +211,20 @@ def attention_of_equal_lengths(query: Tensor, key: Tensor, value: Tensor, dropou
 def onednn_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """`eager_attention` of texts of equal length, (N, texts, T, D) -> the same, without gradients.
 
-    In pieces that fit the cache, and with numbers that do not depend on how many texts there are.
+    In pieces that fit the cache. A head's numbers do not depend on how many there are, nor on which piece
+    it is in; what lies in two pieces is computed twice, which costs less than a third piece.
     """
     length, head_size = query.shape[-2:]
     row = length + _softmax_filling(length, query.dtype)
     q, k, v = (states.flatten(0, 1) for states in (query, key, value))  # (N * texts, T, D)
     context = q.new_empty(q.shape)
-    sizes = round_sizes(len(q), most=SCORES // (length * row))  # heads at a time
-    memory = q.new_empty(sizes[0], length, row)  # where scores become weights
+    heads, starts = even_pieces(len(q), most=SCORES // (length * row))
+    rows = q.new_empty(heads, length, row)  # where scores become weights, again and again
+    weights = rows[..., :length]  # (heads, T, T)
     with onednn.products_through("oneDNN", q):
-        for piece in zip(*(x.split_with_sizes(sizes) for x in (q, k, v, context)), strict=True):
-            some_q, some_k, some_v, some_context = piece
-            rows = memory[: len(some_q)]  # (heads, T, row)
-            weights = rows[..., :length]  # (heads, T, T); with beta=0 what was there is not read:
+        for start in starts:
+            some_q, some_k, some_v, some_context = (x.narrow(0, start, heads) for x in (q, k, v, context))
+            # With beta=0 what was there is not read.
             weights.baddbmm_(some_q, some_k.mT, beta=0, alpha=head_size**-0.5)
             rows[..., length:] = -torch.inf
             torch.softmax(rows, -1, out=rows)
@@ -236,18 +237,22 @@ def _softmax_filling(length: int, dtype: torch.dtype) -> int:
     return -length % 32 if dtype == torch.bfloat16 and length % 32 > 8 else 0
 
 
-def round_sizes(total: int, most: int) -> list[int]:
-    """`total` as a sum of few numbers out of 1, 2, 3, 4, 6, 8, 12, 16, ..., falling, none above `most`.
+def even_pieces(total: int, most: int) -> tuple[int, list[int]]:
+    """The size of as few pieces as cover `total`, and where each starts; the last may overlap the one before.
 
-    oneDNN keeps half a megabyte for every size of product that it has met: a long run should meet few.
+    The size is one of 1 to 8, 10, 12, 14, 16, 20, ..., none above `most` (but 1), since oneDNN keeps half a
+    megabyte for every size of product that it has met.
     """
-    sizes = []
-    while total:
-        limit = min(total, max(most, 1))
-        power = 1 << (limit.bit_length() - 1)
-        sizes.append(power * 3 // 2 if power * 3 // 2 <= limit else power)
-        total -= sizes[-1]
-    return sizes
+    largest = min(total, max(most, 1))
+    largest -= largest % _step(largest)
+    size = -(-total // -(-total // largest))
+    size += -size % _step(size)
+    return size, [*range(0, total - size, size), total - size]
+
+
+def _step(number: int) -> int:
+    """What numbers about as large are rounded to: three binary digits are kept."""
+    return 1 << max(number.bit_length() - 3, 0)
 
 
 def aligned_sdpa(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:

@@ -1,6 +1,7 @@
 """The fast path of `encode`: the reference's numbers to 1e-6, and the same bits whatever is in the batch."""
 
 import csv
+import itertools
 import math
 import random
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from minibert import (
 from minibert.attention import eager_attention
 from minibert.fast_inference import FusedLinear, fast_copy, run, run_varlen
 from minibert.onednn import packs_weights
-from minibert.packing import PackedBatch, Packing, round_sizes
+from minibert.packing import PackedBatch, Packing, even_pieces
 
 CPU = torch.device("cpu")
 WORDS = (
@@ -436,16 +437,26 @@ def test_batches_come_in_few_sizes(tokens: int, rows: int) -> None:
 @pytest.mark.parametrize(
     ("total", "most", "expected"),
     [
-        (12, 99, [12]),
-        (12, 8, [8, 4]),
-        (12, 7, [6, 6]),
-        (1, 0, [1]),
-        (3, 0, [1, 1, 1]),
-        (60, 99, [48, 12]),
+        (12, 99, (12, [0])),
+        (12, 8, (6, [0, 6])),
+        (13, 99, (7, [0, 6])),
+        (1, 0, (1, [0])),
+        (3, 0, (1, [0, 1, 2])),
+        (9, 5, (5, [0, 4])),
+        (300, 999, (160, [0, 140])),
+        (300, 150, (112, [0, 112, 188])),
     ],
 )
-def test_attention_comes_in_few_sizes(total: int, most: int, expected: list[int]) -> None:
-    assert round_sizes(total, most) == expected
+def test_attention_comes_in_few_sizes(total: int, most: int, expected: tuple[int, list[int]]) -> None:
+    assert even_pieces(total, most) == expected
+
+
+def test_pieces_cover_everything() -> None:
+    for total, most in itertools.product(range(1, 400), range(90)):
+        size, starts = even_pieces(total, most)
+        assert size <= max(most, 1)
+        assert size.bit_length() <= 3 or size % 2 ** (size.bit_length() - 3) == 0
+        assert set().union(*(range(start, start + size) for start in starts)) == set(range(total))
 
 
 def test_packing_keeps_positions_and_order(minilm: Path) -> None:
