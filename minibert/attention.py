@@ -72,15 +72,16 @@ class SelfAttention(nn.Module):
         self, hidden: Tensor, mask: Tensor | None, attend: AttentionFunction
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, H) -> (B, T, H), and the attention weights if `attend` forms them."""
-        query, key, value = map(self.split_heads, self.project(hidden))  # (B, N, T, D)
+        query, key, value = self.project(hidden)  # (B, N, T, D)
         dropout_p = self.weights_dropout_p if self.training else 0.0
         context, weights = attend(query, key, value, mask, dropout_p)  # (B, N, T, D)
         context = context.transpose(-3, -2).flatten(-2)  # (B, T, H)
         return self.dropout(self.output(context)), weights
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, H) -> query, key and value of all heads, (B, T, H) each."""
-        return self.query(hidden), self.key(hidden), self.value(hidden)
+        """(B, T, H) -> query, key and value, (B, N, T, D) each."""
+        query, key, value = self.query(hidden), self.key(hidden), self.value(hidden)  # (B, T, H)
+        return self.split_heads(query), self.split_heads(key), self.split_heads(value)
 
     def split_heads(self, hidden: Tensor) -> Tensor:
         """(B, T, H) -> (B, N, T, D)."""

@@ -74,8 +74,10 @@ class FusedAttention(SelfAttention):
         self.dropout = attention.dropout
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(tokens, H) -> query, key and value of all heads, (tokens, H) each."""
-        query, key, value = self.query_key_value(hidden).chunk(3, dim=-1)
+        """(tokens, H) -> query, key and value, (N, tokens, D) each."""
+        states = self.query_key_value(hidden)  # (tokens, 3 * H)
+        states = states.view(-1, 3, hidden.shape[1] // self.head_size, self.head_size)  # (tokens, 3, N, D)
+        query, key, value = states.permute(1, 2, 0, 3).unbind()
         return query, key, value
 
 

@@ -117,7 +117,7 @@ class BertModel(nn.Module):
         if attend is None:
             attend = ATTENTION_FUNCTIONS[self.attention]
         mask = expand_mask(attention_mask)  # (B, 1, T, T) or None
-        for layer in self.layers[start:stop]:
+        for layer in list(self.layers)[start:stop]:  # a slice of a ModuleList would be a new Module
             hidden, weights = layer(hidden, mask, attend)
             yield hidden, weights
 

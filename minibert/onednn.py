@@ -68,7 +68,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
     if x.shape[0] == 1:  # oneDNN sums a single row in another order than one of several
         return _linear(x.expand(2, -1), weight, bias, activation)[:1]
     # The public torch.utils.mkldnn copies input and output, and cannot fuse the activation.
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")  # type: ignore[no-any-return]
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, activation, [], "none")  # type: ignore[no-any-return]
 
 
 def _sizes(rows: int, weight: Tensor, activation: str) -> list[int]:
@@ -107,6 +107,7 @@ def _trial(outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _SETTING: Any = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
+_NO_CHANGE = nullcontext()
 _lock = threading.RLock()
 _users = 0  # of the setting: threads may encode at the same time
 _before = "none"
@@ -142,9 +143,9 @@ def products_through(library: Literal["oneDNN", "MKL"], states: Tensor) -> Abstr
 
     Whatever other threads want: they wait for each other, so nothing else belongs in there.
     """
-    if states.dtype == torch.float32 and states.device.type == "cpu" and are_exact():
+    if are_exact() and states.dtype == torch.float32 and states.is_cpu:
         return _through("bf16" if library == "oneDNN" else "ieee")
-    return nullcontext()
+    return _NO_CHANGE
 
 
 @contextmanager
@@ -166,7 +167,7 @@ def multiplies(states: Tensor) -> bool:
     if length * length * head_size <= FEWEST_MULTIPLICATIONS:
         return False
     if states.dtype == torch.float32:
-        return _users > 0 and states.device.type == "cpu"
+        return _users > 0 and states.is_cpu
     return states.dtype == torch.bfloat16 and packs_weights(states)
 
 

@@ -95,7 +95,7 @@ class Packing:
         """An `AttentionFunction` in which a text sees only itself: (N, tokens, D) -> (N, tokens, D)."""
         if not self.runs:
             return query, None
-        if has_varlen(query.device, query.dtype, query.shape[2]) and not dropout_p:
+        if query.is_cuda and not dropout_p and has_varlen(query.device, query.dtype, query.shape[2]):
             return varlen_attention(query, key, value, mask, dropout_p, self.starts, self.longest)
         if len(self.runs) == 1 and not self.filling:  # one text, say: less to call
             shape = (query.shape[0], *self.runs[0], query.shape[2])  # (N, texts, length, D)
@@ -115,7 +115,7 @@ class Packing:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         if hidden.is_cuda:  # one kernel for all runs; a check of the lengths ("safe") would wait for the GPU
             return torch.segment_reduce(hidden.to(wide), "mean", lengths=self.lengths, unsafe=True)
-        return torch.cat([sum_by_halves(run.to(wide)) / run.shape[1] for run in self.split(hidden)])
+        return torch.cat([sum_by_halves(run) / run.shape[1] for run in self.split(hidden.to(wide))])
 
     def first(self, hidden: Tensor) -> Tensor:
         """(tokens, H) -> each text's first token, [CLS], (texts, H), float32 or wider."""
@@ -181,14 +181,12 @@ def send(array: "NDArray[np.int64]", device: torch.device) -> Tensor:
 
 def sum_by_halves(states: Tensor) -> Tensor:
     """(n, T, H) -> (n, H), summed over T. (How torch's `sum` adds depends on n and the number of threads.)"""
-    length = states.shape[1]
-    half = length // 2
-    total = states[:, : length - half].clone()
-    total[:, :half] += states[:, length - half :]
-    while (length := length - half) > 1:
+    sums, length = states.clone(), states.shape[1]
+    while length > 1:
         half = length // 2
-        total[:, :half] += total[:, length - half : length]
-    return total[:, 0]
+        sums.narrow(1, 0, half).add_(sums.narrow(1, length - half, half))
+        length -= half
+    return sums[:, 0]
 
 
 def attention_of_equal_lengths(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
@@ -197,7 +195,7 @@ def attention_of_equal_lengths(query: Tensor, key: Tensor, value: Tensor, dropou
     However many texts there are, so that their number does not change the bits.
     """
     length, head_size = query.shape[-2:]
-    if dropout_p and query.device.type == "cpu":  # the fused attention would draw torch's own numbers
+    if dropout_p and query.is_cpu:  # the fused attention would draw torch's own numbers
         return eager_attention(query, key, value, None, dropout_p, fast_dropout)[0]
     if not onednn.multiplies(query) or (fuses_bfloat16(query) and length >= FUSED_BFLOAT16):
         return aligned_sdpa(query, key, value, dropout_p)
@@ -262,7 +260,7 @@ def aligned_sdpa(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) ->
     """
     head_size, dtype = query.shape[-1], query.dtype
     wide, filling = dtype, 0
-    if query.device.type == "cpu" and not fuses_bfloat16(query):
+    if query.is_cpu and not fuses_bfloat16(query):
         wide = torch.promote_types(dtype, torch.float32)  # bfloat16 is slower here
         filling = -head_size % (ALIGNMENT // wide.itemsize)  # 0 in every published model
     if wide != dtype:
@@ -274,7 +272,9 @@ def aligned_sdpa(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) ->
         context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=head_size**-0.5)
     if filling:
         context = context[..., :head_size]
-    return context.to(dtype).transpose(0, 1)
+    if wide != dtype:
+        context = context.to(dtype)
+    return context.transpose(0, 1)
 
 
 def fuses_bfloat16(states: Tensor) -> bool:
@@ -282,8 +282,7 @@ def fuses_bfloat16(states: Tensor) -> bool:
 
     (With more threads the number of texts would change its bits.)
     """
-    on_cpu = states.device.type == "cpu"
-    return onednn.HAS_AMX and states.dtype == torch.bfloat16 and on_cpu and onednn.few_threads()
+    return onednn.HAS_AMX and states.dtype == torch.bfloat16 and states.is_cpu and onednn.few_threads()
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:

@@ -153,12 +153,7 @@ class SentenceEncoder(nn.Module):
             ValueError: a lone surrogate, or a batch_size below 1.
         """
         blocks = list(self.encode_blocks(sentences, batch_size, normalize_embeddings, show_progress_bar))
-        embeddings = self._empty(sum(map(len, blocks)))  # (n, H)
-        row = 0
-        while blocks:  # each is freed once it is copied
-            block = blocks.pop(0)
-            embeddings[row : row + len(block)] = block
-            row += len(block)
+        embeddings = blocks[0] if len(blocks) == 1 else self._join(blocks)  # (n, H)
         result = embeddings[0] if isinstance(sentences, str) else embeddings
         return result if convert_to_tensor else result.float().cpu().numpy()
 
@@ -220,6 +215,16 @@ class SentenceEncoder(nn.Module):
                 pool = packing.mean if self.pooling == "mean" else packing.first
                 embeddings.index_copy_(0, send(np.array(batch), embeddings.device), pool(hidden))
                 progress(len(batch))
+        return embeddings
+
+    def _join(self, blocks: list[Tensor]) -> Tensor:
+        """(n, H) of all; takes them off the list one by one, so that each is freed once it is copied."""
+        embeddings = self._empty(sum(map(len, blocks)))
+        row = 0
+        while blocks:
+            block = blocks.pop(0)
+            embeddings[row : row + len(block)] = block
+            row += len(block)
         return embeddings
 
     def _empty(self, rows: int) -> Tensor:
