@@ -384,6 +384,13 @@ def test_changed_weights_are_seen(minilm: Path, change: object) -> None:
     assert relative(after, reference(encoder, texts)) < 1e-6
 
 
+def test_a_part_that_was_taken_out(minilm: Path) -> None:
+    encoder = SentenceEncoder.from_pretrained(minilm)
+    expected = encoder.encode("one text")
+    encoder.model.pooler = None
+    np.testing.assert_array_equal(encoder.encode("one text"), expected)
+
+
 def test_two_types_of_one_model_in_two_threads(minilm: Path) -> None:
     model, tokenizer = BertModel.from_pretrained(minilm), Tokenizer.from_pretrained(minilm)
     encoders = [SentenceEncoder(model, tokenizer, dtype=dtype) for dtype in (None, torch.bfloat16)]
