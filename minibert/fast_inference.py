@@ -75,8 +75,9 @@ class FusedAttention(SelfAttention):
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens, H) -> query, key and value, (N, tokens, D) each."""
+        tokens, width = hidden.shape
         states = self.query_key_value(hidden)  # (tokens, 3 * H)
-        states = states.view(-1, 3, hidden.shape[1] // self.head_size, self.head_size)  # (tokens, 3, N, D)
+        states = states.view(tokens, 3, width // self.head_size, self.head_size)  # (tokens, 3, N, D)
         query, key, value = states.permute(1, 2, 0, 3).unbind()
         return query, key, value
 
