@@ -101,7 +101,7 @@ def _identities(model: BertModel) -> list[int]:
     """What changes with the parameters' values. (`parameters()` takes 3% of encoding a short sentence.)"""
     state: list[int] = []
     modules: list[nn.Module | None] = [model]
-    for module in modules:  # more of them meanwhile
+    for module in modules:  # which grows as it is walked
         if module is None:  # `model.pooler = None`
             continue
         for parameter in module._parameters.values():

@@ -178,7 +178,7 @@ def are_exact() -> bool:
     The first time it changes the setting for a moment.
     """
     # The same question that torch asks before it takes oneDNN: AVX-512, on x86.
-    if _SETTING is None or not packs_weights(torch.empty(0, dtype=torch.bfloat16)):
+    if _SETTING is None or not packs_weights(torch.empty(0, dtype=torch.bfloat16, device="cpu")):
         return False
     kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     numbers = 1 + torch.arange(64 * 64, **kind).view(1, 64, 64) * 2.0**-23  # all alike to bfloat16's 8 bits

@@ -181,6 +181,12 @@ def test_where_the_products_are_rounded_nothing_is_switched(monkeypatch: pytest.
         assert not multiplies(torch.zeros(12, 100, 32))
 
 
+@needs_onednn
+def test_the_default_device_does_not_decide_whether_products_are_exact() -> None:
+    with torch.device("meta"):
+        assert are_exact.__wrapped__()
+
+
 @pytest.mark.skipif(onednn._SETTING is None, reason="this torch has no such setting")
 @pytest.mark.parametrize("rounded", [False, True])
 def test_rounding_to_bfloat16_is_noticed(monkeypatch: pytest.MonkeyPatch, rounded: bool) -> None:
