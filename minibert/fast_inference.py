@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from minibert import onednn
 from minibert.attention import AttentionFunction, SelfAttention
 from minibert.config import BertConfig
+from minibert.fast_attention import varlen_attention
 from minibert.fast_dropout import FastDropout
-from minibert.layers import ACTIVATIONS, EncoderLayer
+from minibert.layers import ACTIVATIONS, EncoderLayer, FeedForward
 from minibert.memory import keep_freed_memory
 from minibert.model import BertModel
-from minibert.packing import PackedBatch, Packing, varlen_attention
+from minibert.packing import PackedBatch, Packing
 from weights.safetensors_files import release_memory
 
 # Per batch, at most: tokens, and numbers (tokens * H), which on a CPU fit its caches. See docs/performance.md.
@@ -62,16 +63,17 @@ class FusedLinear:
         return onednn.linear(x, self.weight, self.bias, self.activation or "none")
 
 
-class FusedAttention(SelfAttention):
-    """Self-attention whose query, key and value are one product."""
+class FusedAttention:
+    """Self-attention whose query, key and value are one product; for inference, and no Module, either."""
+
+    __call__ = SelfAttention.forward
+    training = False
 
     def __init__(self, attention: SelfAttention, dtype: torch.dtype | None) -> None:
-        nn.Module.__init__(self)  # SelfAttention's own would make weights that are not wanted
         self.head_size = attention.head_size
-        self.weights_dropout_p = attention.weights_dropout_p
         self.query_key_value = FusedLinear(attention.query, attention.key, attention.value, dtype=dtype)
-        self.output = FusedLinear(attention.output, dtype=dtype)  # type: ignore[assignment]
-        self.dropout = attention.dropout
+        self.output = FusedLinear(attention.output, dtype=dtype)
+        self.dropout = _unchanged
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens, H) -> query, key and value, (N, tokens, D) each."""
@@ -80,6 +82,20 @@ class FusedAttention(SelfAttention):
         states = states.view(tokens, 3, width // self.head_size, self.head_size)  # (tokens, 3, N, D)
         query, key, value = states.permute(1, 2, 0, 3).unbind()
         return query, key, value
+
+
+class FusedFeedForward:
+    """The feed-forward part of a layer, its activation in the first product where oneDNN has it."""
+
+    __call__ = FeedForward.forward
+
+    def __init__(self, feed_forward: FeedForward, hidden_act: str, dtype: torch.dtype | None) -> None:
+        as_published = feed_forward.activation is ACTIVATIONS[hidden_act]
+        fused = hidden_act if hidden_act in FUSED_ACTIVATIONS and as_published else None
+        self.up = FusedLinear(feed_forward.up, activation=fused, dtype=dtype)
+        self.activation = _unchanged if fused else feed_forward.activation
+        self.down = FusedLinear(feed_forward.down, dtype=dtype)
+        self.dropout = _unchanged
 
 
 def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> BertModel:
@@ -131,18 +147,13 @@ def new_fast_copy(model: BertModel, dtype: torch.dtype | None = None, layers: in
 
 def _fuse_layer(layer: EncoderLayer, hidden_act: str, dtype: torch.dtype | None) -> None:
     attention, feed_forward = layer.attention, layer.feed_forward
-    if _are_plain(attention.query, attention.key, attention.value, attention.output):
-        layer.attention = FusedAttention(attention, dtype)
-    if _are_plain(feed_forward.up, feed_forward.down):
-        as_published = feed_forward.activation is ACTIVATIONS[hidden_act]
-        fused = hidden_act if hidden_act in FUSED_ACTIVATIONS and as_published else None
-        _replace(feed_forward, "up", FusedLinear(feed_forward.up, activation=fused, dtype=dtype))
-        _replace(feed_forward, "down", FusedLinear(feed_forward.down, dtype=dtype))
-        if fused:
-            feed_forward.activation = _unchanged
+    if type(attention) is SelfAttention and _are_plain(
+        attention.query, attention.key, attention.value, attention.output
+    ):
+        _replace(layer, "attention", FusedAttention(attention, dtype))
+    if type(feed_forward) is FeedForward and _are_plain(feed_forward.up, feed_forward.down):
+        _replace(layer, "feed_forward", FusedFeedForward(feed_forward, hidden_act, dtype))
     _replace_by_functions(layer, "attention_norm", "feed_forward_norm")
-    for module in (layer.attention, feed_forward):
-        _replace_by_functions(module, "dropout")
 
 
 def _replace_by_functions(module: nn.Module, *names: str) -> None:
@@ -165,7 +176,7 @@ def _layer_norm(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
     )
 
 
-def _replace(module: nn.Module, name: str, function: Callable[[Tensor], Tensor]) -> None:
+def _replace(module: nn.Module, name: str, function: Callable[..., object]) -> None:
     """Has `module` call a function where it called a Module of its own, for which setattr alone is refused."""
     delattr(module, name)
     setattr(module, name, function)

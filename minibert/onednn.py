@@ -158,13 +158,12 @@ def _through(precision: str) -> Iterator[None]:
             _SETTING.fp32_precision = before
 
 
-def multiplies(states: Tensor) -> bool:
-    """Whether torch now sends the products of attention on such states, (..., T, D), through oneDNN.
+def multiplies(states: Tensor, length: int) -> bool:
+    """Whether torch now sends attention's products through oneDNN: `length` tokens, states like these (..., D).
 
     Each of them alone is large enough for it, so that it does not matter how many there are.
     """
-    length, head_size = states.shape[-2:]
-    if length * length * head_size <= FEWEST_MULTIPLICATIONS:
+    if length * length * states.shape[-1] <= FEWEST_MULTIPLICATIONS:
         return False
     if states.dtype == torch.float32:
         return _users > 0 and states.is_cpu

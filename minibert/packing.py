@@ -6,36 +6,25 @@ ordinary batch (texts, length), and a text's numbers do not depend on how many o
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, groupby
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minibert import onednn
-from minibert.attention import eager_attention
+from minibert.attention import AttentionFunction
 from minibert.config import BertConfig
-from minibert.fast_dropout import fast_dropout
+from minibert.fast_attention import fastest_attention, has_varlen, varlen_attention
 from minibert.inputs import check_ids
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
-HAS_VARLEN = TORCH >= (2, 11) and torch.version.hip is None
-# varlen_attn may split a text by the longest one beside it unless told not to; before 2.13 it never did.
-UNSPLIT: dict[str, Any] = {"num_splits": 1} if TORCH >= (2, 13) else {}
-ALIGNMENT = 64  # bytes; the last bits of MKL's products depend on where in a cache line a row begins
-
-# Measured, see docs/performance.md:
-MKL_MULTIPLICATIONS = 64**3  # of a float32 product: up to here the fused attention, MKL's, is faster
-FUSED_BFLOAT16 = 40  # tokens; from here on the fused attention is faster in bfloat16, with AMX
-GPU_ROWS = 256  # tokens on a GPU are filled up to a multiple of this
-SCORES = 2**20  # of attention, formed at a time: 4 MB
+GPU_ROWS = 256  # tokens on a GPU are filled up to a multiple of this; measured, see docs/performance.md
 
 
 @dataclass(frozen=True)
@@ -48,6 +37,7 @@ class Packing:
     runs: tuple[tuple[int, int], ...]
     device: torch.device
     filling: int = 0
+    _chosen: dict[object, list[AttentionFunction]] = field(default_factory=dict, init=False, compare=False)
 
     @classmethod
     def of(cls, lengths: Iterable[int], device: torch.device, *, fill: bool = False) -> Self:
@@ -97,18 +87,25 @@ class Packing:
             return query, None
         if query.is_cuda and not dropout_p and has_varlen(query.device, query.dtype, query.shape[2]):
             return varlen_attention(query, key, value, mask, dropout_p, self.starts, self.longest)
-        if len(self.runs) == 1 and not self.filling:  # one text, say: less to call
-            shape = (query.shape[0], *self.runs[0], query.shape[2])  # (N, texts, length, D)
-            q, k, v = query.view(shape), key.view(shape), value.view(shape)
-            context = attention_of_equal_lengths(q, k, v, dropout_p)
-            return context.flatten(1, 2), None
+        functions = self._attention_functions(query, dropout_p)
+        if self.runs[0][0] == len(functions) == 1 and not self.filling:  # one text: less to call
+            context, _ = functions[0](query[None], key[None], value[None], None, dropout_p)
+            return context[0], None
         contexts = []  # (texts * length, N, D) each
-        for q, k, v in zip(*map(self.split, (query, key, value)), strict=True):  # (N, texts, length, D)
-            context = attention_of_equal_lengths(q, k, v, dropout_p)
-            contexts.append(context.flatten(1, 2).transpose(0, 1))
+        for function, *states in zip(functions, *map(self.split, (query, key, value)), strict=True):
+            q, k, v = (each.transpose(0, 1) for each in states)  # (texts, N, length, D)
+            context, _ = function(q, k, v, None, dropout_p)
+            contexts.append(context.transpose(1, 2).flatten(0, 1))
         if self.filling:
             contexts.append(query.new_zeros(self.filling, len(query), query.shape[2]))
         return torch.cat(contexts).transpose(0, 1), None
+
+    def _attention_functions(self, states: Tensor, dropout_p: float) -> list[AttentionFunction]:
+        """One for each run, chosen for the first layer that asks."""
+        case = (states.dtype, dropout_p, torch.is_grad_enabled())
+        if case not in self._chosen:
+            self._chosen[case] = [fastest_attention(states, length, dropout_p) for _, length in self.runs]
+        return self._chosen[case]
 
     def mean(self, hidden: Tensor) -> Tensor:
         """(tokens, H) -> the mean of each text's tokens, (texts, H), float32 or wider."""
@@ -187,128 +184,3 @@ def sum_by_halves(states: Tensor) -> Tensor:
         sums.narrow(1, 0, half).add_(sums.narrow(1, length - half, half))
         length -= half
     return sums[:, 0]
-
-
-def attention_of_equal_lengths(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
-    """Of texts of equal length, (N, texts, T, D) -> the same, by what is fastest for that length.
-
-    However many texts there are, so that their number does not change the bits.
-    """
-    length, head_size = query.shape[-2:]
-    if dropout_p and query.is_cpu:  # the fused attention would draw torch's own numbers
-        return eager_attention(query, key, value, None, dropout_p, fast_dropout)[0]
-    if not onednn.multiplies(query) or (fuses_bfloat16(query) and length >= FUSED_BFLOAT16):
-        return aligned_sdpa(query, key, value, dropout_p)
-    if torch.is_grad_enabled():
-        return eager_attention(query, key, value, None, 0.0)[0]
-    if query.dtype == torch.float32 and length * length * head_size <= MKL_MULTIPLICATIONS:
-        return aligned_sdpa(query, key, value, dropout_p)
-    return onednn_attention(query, key, value)
-
-
-def onednn_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`eager_attention` of texts of equal length, (N, texts, T, D) -> the same, without gradients.
-
-    In pieces that fit the cache. A head's numbers do not depend on how many there are, nor on which piece
-    it is in; what lies in two pieces is computed twice, which costs less than a third piece.
-    """
-    length, head_size = query.shape[-2:]
-    row = length + _softmax_filling(length, query.dtype)
-    q, k, v = (states.flatten(0, 1) for states in (query, key, value))  # (N * texts, T, D)
-    context = q.new_empty(q.shape)
-    heads, starts = even_pieces(len(q), most=SCORES // (length * row))
-    rows = q.new_empty(heads, length, row)  # where scores become weights, again and again
-    weights = rows[..., :length]  # (heads, T, T)
-    with onednn.products_through("oneDNN", q):
-        for start in starts:
-            some_q, some_k, some_v, some_context = (x.narrow(0, start, heads) for x in (q, k, v, context))
-            # With beta=0 what was there is not read.
-            weights.baddbmm_(some_q, some_k.mT, beta=0, alpha=head_size**-0.5)
-            rows[..., length:] = -torch.inf
-            torch.softmax(rows, -1, out=rows)
-            torch.bmm(weights, some_v, out=some_context)
-    return context.view(query.shape)
-
-
-def _softmax_filling(length: int, dtype: torch.dtype) -> int:
-    """What a row is filled up by, where that pays: the softmax takes 32 numbers at a time, the rest singly."""
-    return -length % 32 if dtype == torch.bfloat16 and length % 32 > 8 else 0
-
-
-def even_pieces(total: int, most: int) -> tuple[int, list[int]]:
-    """The size of as few pieces as cover `total`, and where each starts; the last may overlap the one before.
-
-    The size is one of 1 to 8, 10, 12, 14, 16, 20, ..., none above `most` (but 1), since oneDNN keeps half a
-    megabyte for every size of product that it has met.
-    """
-    largest = min(total, max(most, 1))
-    largest -= largest % _step(largest)
-    size = -(-total // -(-total // largest))
-    size += -size % _step(size)
-    return size, [*range(0, total - size, size), total - size]
-
-
-def _step(number: int) -> int:
-    """What numbers about as large are rounded to: three binary digits are kept."""
-    return 1 << max(number.bit_length() - 3, 0)
-
-
-def aligned_sdpa(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
-    """`sdpa_attention` of texts of equal length, (N, texts, T, D) -> the same.
-
-    MKL, which forms it in float32, finds every row at the same place of a cache line.
-    """
-    head_size, dtype = query.shape[-1], query.dtype
-    wide, filling = dtype, 0
-    if query.is_cpu and not fuses_bfloat16(query):
-        wide = torch.promote_types(dtype, torch.float32)  # bfloat16 is slower here
-        filling = -head_size % (ALIGNMENT // wide.itemsize)  # 0 in every published model
-    if wide != dtype:
-        query, key, value = query.to(wide), key.to(wide), value.to(wide)
-    if filling:
-        query, key, value = (F.pad(state, (0, filling)) for state in (query, key, value))
-    q, k, v = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)  # (texts, N, T, D)
-    with onednn.products_through("MKL", q):
-        context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=head_size**-0.5)
-    if filling:
-        context = context[..., :head_size]
-    if wide != dtype:
-        context = context.to(dtype)
-    return context.transpose(0, 1)
-
-
-def fuses_bfloat16(states: Tensor) -> bool:
-    """Whether PyTorch's fused attention is fast in bfloat16 itself: on CPUs with AMX.
-
-    (With more threads the number of texts would change its bits.)
-    """
-    return onednn.HAS_AMX and states.dtype == torch.bfloat16 and states.is_cpu and onednn.few_threads()
-
-
-def has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether there is one kernel for texts of all lengths: on CUDA from Ampere on, in bfloat16 and float16."""
-    if not HAS_VARLEN or device.type != "cuda" or dtype.itemsize != 2 or head_size % 8 or head_size > 256:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def varlen_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-    starts: Tensor,
-    longest: int,
-) -> tuple[Tensor, None]:
-    """`Packing.attend` as one kernel for all runs, where `has_varlen`; without dropout.
-
-    What comes out for the filling is what happened to lie in memory.
-    """
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (states.transpose(0, 1) for states in (query, key, value))  # (tokens, N, D)
-    scale = query.shape[-1] ** -0.5
-    context = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, **UNSPLIT)
-    assert isinstance(context, Tensor)
-    return context.transpose(0, 1), None

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minibert.fast_attention import has_varlen
 from minibert.fast_inference import fast_copy, run_texts
 from minibert.model import BertModel
 from minibert.onednn import onednn_products
-from minibert.packing import has_varlen, send, sum_by_halves
+from minibert.packing import send, sum_by_halves
 from minibert.pooling import cls_pooling, mean_pooling
 from minibert.sentence_transformers_files import module_files, read_modules
 from minibert.tokenizer import Tokenizer, as_iterable

@@ -25,15 +25,16 @@ from minibert import (
     BertModel,
     SentenceEncoder,
     Tokenizer,
+    fast_attention,
     fast_inference,
     onednn,
-    packing,
     sentence_encoder,
 )
 from minibert.attention import eager_attention
+from minibert.fast_attention import even_pieces
 from minibert.fast_inference import FusedLinear, fast_copy, run, run_varlen
 from minibert.onednn import packs_weights
-from minibert.packing import PackedBatch, Packing, even_pieces
+from minibert.packing import PackedBatch, Packing
 
 CPU = torch.device("cpu")
 WORDS = (
@@ -46,7 +47,7 @@ needs_bfloat16 = pytest.mark.skipif(
     not packs_weights(torch.zeros(1, dtype=torch.bfloat16)), reason="the promise is made for oneDNN's products"
 )
 BFLOAT16 = pytest.param(torch.bfloat16, marks=needs_bfloat16)
-FUSED = packing.fuses_bfloat16(torch.zeros(1, dtype=torch.bfloat16))
+FUSED = fast_attention.fuses_bfloat16(torch.zeros(1, dtype=torch.bfloat16))
 THREADS = (1, 2, 3, 8, 32) if onednn.HAS_AMX else (1, 2, 3, 8)
 needs_exact = pytest.mark.skipif(not onednn.are_exact(), reason="oneDNN's float32 products are not exact here")
 
@@ -294,8 +295,8 @@ def test_a_mean_does_not_depend_on_the_others(width: int) -> None:
 def test_the_length_alone_decides_what_forms_attention(
     monkeypatch: pytest.MonkeyPatch, length: int, head_size: int, dtype: torch.dtype, through_onednn: bool
 ) -> None:
-    spy = Mock(wraps=packing.onednn_attention)
-    monkeypatch.setattr(packing, "onednn_attention", spy)
+    spy = Mock(wraps=fast_attention.onednn_attention)
+    monkeypatch.setattr(fast_attention, "onednn_attention", spy)
     for texts in (1, 3):
         q, k, v = torch.randn(3, 5, texts * length, head_size).to(dtype)
         apart = [states.double().view(5, texts, length, head_size) for states in (q, k, v)]
@@ -614,9 +615,9 @@ def test_where_one_kernel_attends_to_all_lengths(
     head_size: int,
     expected: bool,
 ) -> None:
-    monkeypatch.setattr(packing, "HAS_VARLEN", True)
+    monkeypatch.setattr(fast_attention, "HAS_VARLEN", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert packing.has_varlen(torch.device(device), dtype, head_size) is expected
+    assert fast_attention.has_varlen(torch.device(device), dtype, head_size) is expected
 
 
 @pytest.mark.parametrize(("n", "width"), [(1, 1), (5, 2), (3, 37), (7, 384), (0, 36)])

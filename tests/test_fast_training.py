@@ -14,7 +14,7 @@ import train
 from heads import MLPHead, MultiTaskModel, features
 from heads.data import SentenceDataset, dummy_examples
 from heads.features import fill
-from minibert import BertModel, Tokenizer, onednn, packing
+from minibert import BertModel, Tokenizer, fast_attention, onednn, packing
 from minibert.fast_dropout import FastDropout, fast_dropout, use_fast_dropout
 from minibert.onednn import onednn_products
 from tests.conftest import save_small
@@ -226,7 +226,7 @@ def test_only_fast_runs_use_what_rounds_or_draws_otherwise(
         monkeypatch.setattr(owner, name, called)
 
     noting(FastDropout, "forward")
-    noting(packing, "fast_dropout")
+    noting(fast_attention, "fast_dropout")
     noting(features, "run_texts")
     noting(torch, "_fused_adamw_")
     noting(train, "keep_freed_memory")  # this one changes no number

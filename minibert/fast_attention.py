@@ -1,0 +1,177 @@
+"""Attention made fast: for texts of one length by what is fastest there, or by one kernel for all lengths.
+
+However many texts there are beside it, a text's numbers have the same bits.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minibert import onednn
+from minibert.attention import AttentionFunction, eager_attention, sdpa_attention
+from minibert.fast_dropout import fast_dropout
+
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+HAS_VARLEN = TORCH >= (2, 11) and torch.version.hip is None
+# varlen_attn may split a text by the longest one beside it unless told not to; before 2.13 it never did.
+UNSPLIT: dict[str, Any] = {"num_splits": 1} if TORCH >= (2, 13) else {}
+ALIGNMENT = 64  # bytes; the last bits of MKL's products depend on where in a cache line a row begins
+
+# Measured, see docs/performance.md:
+MKL_MULTIPLICATIONS = 64**3  # of a float32 product: up to here the fused attention, MKL's, is faster
+FUSED_BFLOAT16 = 40  # tokens; from here on the fused attention is faster in bfloat16, with AMX
+SCORES = 2**20  # formed at a time: 4 MB
+
+
+def fastest_attention(states: Tensor, length: int, dropout_p: float) -> AttentionFunction:
+    """For texts of `length` tokens each, without a mask, on states like these, (..., D)."""
+    head_size = states.shape[-1]
+    if dropout_p and states.is_cpu:  # the fused attention would draw torch's own numbers
+        return partial(written_out_attention, dropout=fast_dropout)
+    if not onednn.multiplies(states, length) or (fuses_bfloat16(states) and length >= FUSED_BFLOAT16):
+        return fused_attention(states)
+    if torch.is_grad_enabled():
+        return written_out_attention
+    if states.dtype == torch.float32 and length * length * head_size <= MKL_MULTIPLICATIONS:
+        return fused_attention(states)
+    return onednn_attention
+
+
+def written_out_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    dropout: Callable[[Tensor, float], Tensor] = F.dropout,
+) -> tuple[Tensor, None]:
+    """`eager_attention`, (B, N, T, D) -> the same; by heads in memory, so that runs are joined in one copy."""
+    q, k, v = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)  # (N, B, T, D)
+    context, _ = eager_attention(q, k, v, mask, dropout_p, dropout)
+    return context.transpose(0, 1), None
+
+
+def onednn_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float
+) -> tuple[Tensor, None]:
+    """`written_out_attention` without mask, dropout and gradients, (B, N, T, D) -> the same.
+
+    In pieces that fit the cache. A head's numbers do not depend on how many there are, nor on which piece
+    it is in; what lies in two pieces is computed twice, which costs less than a third piece.
+    """
+    batch, heads_of_each, length, head_size = query.shape
+    row = length + _softmax_filling(length, query.dtype)
+    q, k, v = (states.transpose(0, 1).flatten(0, 1) for states in (query, key, value))  # (N * B, T, D)
+    context = q.new_empty(q.shape)
+    heads, starts = even_pieces(len(q), most=SCORES // (length * row))
+    rows = q.new_empty(heads, length, row)  # where scores become weights, again and again
+    weights = rows[..., :length]  # (heads, T, T)
+    with onednn.products_through("oneDNN", q):
+        for start in starts:
+            some_q, some_k, some_v, some_context = (x.narrow(0, start, heads) for x in (q, k, v, context))
+            # With beta=0 what was there is not read.
+            weights.baddbmm_(some_q, some_k.mT, beta=0, alpha=head_size**-0.5)
+            rows[..., length:] = -torch.inf
+            torch.softmax(rows, -1, out=rows)
+            torch.bmm(weights, some_v, out=some_context)
+    return context.view(heads_of_each, batch, length, head_size).transpose(0, 1), None
+
+
+def _softmax_filling(length: int, dtype: torch.dtype) -> int:
+    """What a row is filled up by, where that pays: the softmax takes 32 numbers at a time, the rest singly."""
+    return -length % 32 if dtype == torch.bfloat16 and length % 32 > 8 else 0
+
+
+def even_pieces(total: int, most: int) -> tuple[int, list[int]]:
+    """The size of as few pieces as cover `total`, and where each starts; the last may overlap the one before.
+
+    The size is one of 1 to 8, 10, 12, 14, 16, 20, ..., none above `most` (but 1), since oneDNN keeps half a
+    megabyte for every size of product that it has met.
+    """
+    largest = min(total, max(most, 1))
+    largest -= largest % _step(largest)
+    size = -(-total // -(-total // largest))
+    size += -size % _step(size)
+    return size, [*range(0, total - size, size), total - size]
+
+
+def _step(number: int) -> int:
+    """What numbers about as large are rounded to: three binary digits are kept."""
+    return 1 << max(number.bit_length() - 3, 0)
+
+
+def fused_attention(states: Tensor) -> AttentionFunction:
+    """`sdpa_attention`, with what states like these need around it."""
+    if not states.is_cpu or fuses_bfloat16(states):
+        return sdpa_attention
+    wide = torch.promote_types(states.dtype, torch.float32)  # bfloat16 is slower here
+    filling = -states.shape[-1] % (ALIGNMENT // wide.itemsize)  # 0 in every published model
+    if wide == states.dtype and not filling and not onednn.are_exact():
+        return sdpa_attention
+    return partial(mkl_attention, dtype=wide, filling=filling)
+
+
+def mkl_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    *,
+    dtype: torch.dtype,
+    filling: int,
+) -> tuple[Tensor, None]:
+    """`sdpa_attention` in `dtype`, of heads that are filled up, whose products are MKL's."""
+    head_size, narrow = query.shape[-1], query.dtype
+    if narrow != dtype:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if filling:
+        query, key, value = (F.pad(states, (0, filling)) for states in (query, key, value))
+    with onednn.products_through("MKL", query):
+        context = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=head_size**-0.5
+        )
+    if filling:
+        context = context[..., :head_size]
+    return context if narrow == dtype else context.to(narrow), None
+
+
+def fuses_bfloat16(states: Tensor) -> bool:
+    """Whether PyTorch's fused attention is fast in bfloat16 itself: on CPUs with AMX.
+
+    (With more threads the number of texts would change its bits.)
+    """
+    return onednn.HAS_AMX and states.dtype == torch.bfloat16 and states.is_cpu and onednn.few_threads()
+
+
+def has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether there is one kernel for texts of all lengths: on CUDA from Ampere on, in bfloat16 and float16."""
+    if not HAS_VARLEN or device.type != "cuda" or dtype.itemsize != 2 or head_size % 8 or head_size > 256:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    starts: Tensor,
+    longest: int,
+) -> tuple[Tensor, None]:
+    """`Packing.attend` as one kernel for all runs, where `has_varlen`; without dropout.
+
+    What comes out for the filling is what happened to lie in memory.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (states.transpose(0, 1) for states in (query, key, value))  # (tokens, N, D)
+    scale = query.shape[-1] ** -0.5
+    context = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, **UNSPLIT)
+    assert isinstance(context, Tensor)
+    return context.transpose(0, 1), None
