@@ -137,7 +137,7 @@ def new_fast_copy(model: BertModel, dtype: torch.dtype | None = None, layers: in
     keep_freed_memory()
     fast = copy.deepcopy(model, memo={id(weight): weight for weight in model.parameters()})
     fast.layers = fast.layers[:layers]
-    _replace_by_functions(fast.embeddings, "norm", "dropout")
+    _replace_by_functions(fast.embeddings, "position", "token_type", "norm", "dropout")
     for layer in fast.layers:
         used = list(layer.parameters())
         _fuse_layer(cast(EncoderLayer, layer), model.config.hidden_act, dtype)
@@ -157,11 +157,13 @@ def _fuse_layer(layer: EncoderLayer, hidden_act: str, dtype: torch.dtype | None)
 
 
 def _replace_by_functions(module: nn.Module, *names: str) -> None:
-    """LayerNorms by what they call, Dropouts by nothing. (Calling a Module takes as long as some compute.)"""
+    """Modules by what they call, Dropouts by nothing. (Calling a Module takes as long as some compute.)"""
     for name in names:
         part = getattr(module, name, None)
         if type(part) is nn.LayerNorm:
             _replace(module, name, _layer_norm(part))
+        elif type(part) is nn.Embedding and part.max_norm is None:
+            _replace(module, name, partial(torch.embedding, part.weight))
         elif type(part) in (nn.Dropout, FastDropout):
             _replace(module, name, _unchanged)
 

@@ -209,9 +209,8 @@ class SentenceEncoder(nn.Module):
                 "compile=True needs a GPU (Ampere or newer), dtype=torch.bfloat16, torch 2.11 and a head size "
                 f"that is a multiple of 8 up to 256 (it is {head_size}): leave it out"
             )
-        embeddings = self._empty(len(ids)).zero_()  # a text without any token stays zero
-        on_cpu = embeddings.device.type == "cpu"
-        with torch.inference_mode(), onednn_products() if on_cpu else nullcontext():
+        embeddings = self._zeros(len(ids))  # a text without any token stays zero
+        with torch.inference_mode(), onednn_products() if embeddings.is_cpu else nullcontext():
             for batch, packing, hidden in run_texts(fast, ids, batch_size, compiled=self.compiled):
                 pool = packing.mean if self.pooling == "mean" else packing.first
                 embeddings.index_copy_(0, send(np.array(batch), embeddings.device), pool(hidden))
@@ -220,7 +219,7 @@ class SentenceEncoder(nn.Module):
 
     def _join(self, blocks: list[Tensor]) -> Tensor:
         """(n, H) of all; takes them off the list one by one, so that each is freed once it is copied."""
-        embeddings = self._empty(sum(map(len, blocks)))
+        embeddings = self._zeros(sum(map(len, blocks)))
         row = 0
         while blocks:
             block = blocks.pop(0)
@@ -228,10 +227,10 @@ class SentenceEncoder(nn.Module):
             row += len(block)
         return embeddings
 
-    def _empty(self, rows: int) -> Tensor:
+    def _zeros(self, rows: int) -> Tensor:
         weight = self.model.embeddings.word.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
-        return torch.empty(rows, weight.shape[1], dtype=wide, device=weight.device)
+        return torch.zeros(rows, weight.shape[1], dtype=wide, device=weight.device)
 
     def save_pretrained(
         self, directory: str | Path, other_files: Mapping[str, bytes | Mapping[str, Tensor]] | None = None
