@@ -32,7 +32,8 @@ from minibert import (
 )
 from minibert.attention import eager_attention
 from minibert.fast_attention import even_pieces
-from minibert.fast_inference import FusedLinear, fast_copy, run, run_varlen
+from minibert.fast_inference import fast_copy, run, run_varlen
+from minibert.fused_layers import FusedLinear
 from minibert.onednn import packs_weights
 from minibert.packing import PackedBatch, Packing
 
@@ -355,6 +356,9 @@ def changes() -> Iterator[tuple[str, object]]:
         model.get_submodule("layers.0.feed_forward").activation = nn.ReLU()
         model.layers[0].feed_forward.up = nn.Linear(36, 37)  # type: ignore[union-attr]
 
+    def activation_alone(model: BertModel) -> None:
+        model.get_submodule("layers.0.feed_forward").activation = nn.ReLU()
+
     def norm(model: BertModel) -> None:
         with torch.no_grad():
             model.get_parameter("layers.1.feed_forward_norm.weight").mul_(1.5)
@@ -368,14 +372,20 @@ def changes() -> Iterator[tuple[str, object]]:
 
     yield from {"no bias": no_bias, "activation": activation, "norm": norm, "other norm": other_norm}.items()
     yield from {"in place": in_place, "step": a_step, "data": new_data, "module": new_module}.items()
-    yield "adapter", adapter
+    yield from {"adapter": adapter, "activation alone": activation_alone}.items()
+
+
+def two_layers(minilm: Path) -> SentenceEncoder:
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=36, num_attention_heads=3, num_hidden_layers=2, intermediate_size=37, initializer_range=0.2
+    )
+    return SentenceEncoder(BertModel(config).eval(), Tokenizer.from_pretrained(minilm))
 
 
 @pytest.mark.parametrize("change", [change for _, change in changes()], ids=[name for name, _ in changes()])
 def test_changed_weights_are_seen(minilm: Path, change: object) -> None:
-    torch.manual_seed(0)
-    config = BertConfig(hidden_size=36, num_attention_heads=3, num_hidden_layers=2, intermediate_size=37)
-    encoder = SentenceEncoder(BertModel(config).eval(), Tokenizer.from_pretrained(minilm))
+    encoder = two_layers(minilm)
     texts = ["one text", "and another one"]
     before = encoder.encode(texts, convert_to_tensor=True)
     assert callable(change)
@@ -383,6 +393,27 @@ def test_changed_weights_are_seen(minilm: Path, change: object) -> None:
     after = encoder.encode(texts, convert_to_tensor=True)
     assert relative(after, before) > 1e-3
     assert relative(after, reference(encoder, texts)) < 1e-6
+
+
+PARTS = """embeddings embeddings.position embeddings.norm layers.1 layers.0.attention layers.1.attention.key
+layers.0.attention.dropout layers.1.attention_norm layers.0.feed_forward layers.1.feed_forward.up"""
+
+
+@pytest.mark.parametrize("name", PARTS.split())
+def test_hooks_are_called(minilm: Path, name: str) -> None:
+    """Whenever they are put there, and what they return counts, as in the reference."""
+    encoder, texts = two_layers(minilm), ["one text", "and another one"]
+    before = encoder.encode(texts, convert_to_tensor=True)
+
+    def negate(_: nn.Module, inputs: object, output: Any) -> Any:
+        return (-output[0], output[1]) if isinstance(output, tuple) else -output
+
+    hook = encoder.model.get_submodule(name).register_forward_hook(negate)
+    after = encoder.encode(texts, convert_to_tensor=True)
+    assert relative(after, before) > 1e-3
+    assert relative(after, reference(encoder, texts)) < 1e-6
+    hook.remove()
+    assert torch.equal(encoder.encode(texts, convert_to_tensor=True), before)
 
 
 def test_a_part_that_was_taken_out(minilm: Path) -> None:
