@@ -91,13 +91,13 @@ def test_tiny(tiny: Path, attention: str, dtype: torch.dtype, training: bool) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "dropout"])
-def test_minilm(minilm: Path, attention: str, training: bool) -> None:
-    assert_same_training(minilm, attention, torch.float32, training)
+@pytest.mark.parametrize(("training", "steps"), [(False, 2), (True, 20)], ids=["eval", "dropout"])
+def test_minilm(minilm: Path, attention: str, training: bool, steps: int) -> None:
+    assert_same_training(minilm, attention, torch.float32, training, steps)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("training", "steps"), [(False, 2), (True, 20)], ids=["eval", "dropout"])
+@pytest.mark.parametrize(("training", "steps"), [(False, 2), (True, 5)], ids=["eval", "dropout"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_minilm_in_other_dtypes(
     minilm: Path, attention: str, dtype: torch.dtype, training: bool, steps: int
@@ -106,7 +106,11 @@ def test_minilm_in_other_dtypes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("training", "steps"), [(False, 2), (True, 20)], ids=["eval", "dropout"])
+@pytest.mark.parametrize(
+    ("attention", "training", "steps"),
+    [("sdpa", False, 2), ("sdpa", True, 20), ("eager", False, 2), ("eager", True, 3)],
+    ids=["sdpa-eval", "sdpa-dropout", "eager-eval", "eager-dropout"],
+)
 def test_base_size(base_size: Path, attention: str, training: bool, steps: int) -> None:
     assert_same_training(base_size, attention, torch.float32, training, steps)
 
