@@ -37,7 +37,9 @@ class Packing:
     runs: tuple[tuple[int, int], ...]
     device: torch.device
     filling: int = 0
-    _chosen: dict[object, list[AttentionFunction]] = field(default_factory=dict, init=False, compare=False)
+    _chosen: dict[object, list[AttentionFunction]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def of(cls, lengths: Iterable[int], device: torch.device, *, fill: bool = False) -> Self:
@@ -88,7 +90,7 @@ class Packing:
         if query.is_cuda and not dropout_p and has_varlen(query.device, query.dtype, query.shape[2]):
             return varlen_attention(query, key, value, mask, dropout_p, self.starts, self.longest)
         functions = self._attention_functions(query, dropout_p)
-        if self.runs[0][0] == len(functions) == 1 and not self.filling:  # one text: less to call
+        if len(self.runs) == self.runs[0][0] == 1 and not self.filling:  # one text: less to call
             context, _ = functions[0](query[None], key[None], value[None], None, dropout_p)
             return context[0], None
         contexts = []  # (texts * length, N, D) each
