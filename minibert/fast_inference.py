@@ -34,7 +34,7 @@ def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> BertModel:
 
     So it is when a Module or a hook is put in, or taken out. (What is written into a parameter's `.data` goes
     unnoticed, since torch keeps no record of it, and so does one activation function in place of another.)
-    Hooks see packed states, (tokens, H); what has one inside a layer is not fused, nor are adapters.
+    Hooks inside it see packed states, (tokens, H); what has one in a layer is not fused, nor are adapters.
     `dtype` is what the Linears compute in (the weights' own if None); all else stays as in the model.
     """
     state = _identities(model), dtype

@@ -97,8 +97,8 @@ def test_two_thousand_texts_agree_with_the_reference(minilm: Path) -> None:
     # Both are rounded: measured from float64, the fast path strays hardly further than the reference.
     wide = SentenceEncoder.from_pretrained(minilm, dtype=torch.float64)
     wide.tokenizer.max_length = 512
-    exact = wide.encode(texts[:300], normalize_embeddings=False, convert_to_tensor=True)
-    ours, theirs = ((each[:300] - exact).norm(dim=1) / exact.norm(dim=1) for each in (fast, padded))
+    exact = wide.encode(texts[:100], normalize_embeddings=False, convert_to_tensor=True)
+    ours, theirs = ((each[:100] - exact).norm(dim=1) / exact.norm(dim=1) for each in (fast, padded))
     assert ours.max() < 2 * theirs.max()
 
 
