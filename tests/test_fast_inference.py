@@ -309,6 +309,25 @@ def test_the_length_alone_decides_what_forms_attention(
     assert spy.call_count == 2 * through_onednn
 
 
+def test_what_was_chosen_for_one_case_is_not_taken_in_another() -> None:
+    """In one packing: dropout after none, gradients after none, another dtype."""
+    torch.manual_seed(0)
+    runs = ((3, 100), (2, 20))
+    q, k, v = torch.randn(3, 5, 340, 32)
+    used = Packing(runs, CPU)
+    with torch.no_grad(), onednn.onednn_products():
+        used.attend(q, k, v, None, 0.0)
+    with onednn.onednn_products():
+        for dropout_p, dtype in ((0.5, torch.float32), (0.0, torch.float32), (0.0, torch.bfloat16)):
+            results = []
+            for packing in (used, Packing(runs, CPU)):
+                torch.manual_seed(1)
+                states = [each.to(dtype).requires_grad_() for each in (q.clone(), k.clone(), v.clone())]
+                context, _ = packing.attend(states[0], states[1], states[2], None, dropout_p)
+                results.append((context, *torch.autograd.grad(context.float().square().sum(), states)))
+            assert all(torch.equal(ours, fresh) for ours, fresh in zip(*results, strict=True))
+
+
 def test_fused_linear_is_its_linears_and_the_activation() -> None:
     torch.manual_seed(0)
     linears = [nn.Linear(7, 5).double(), nn.Linear(7, 3).double()]
