@@ -3,7 +3,6 @@
 However many texts there are beside it, a text's numbers have the same bits.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -31,34 +30,20 @@ def fastest_attention(states: Tensor, length: int, dropout_p: float) -> Attentio
     """For texts of `length` tokens each, without a mask, on states like these, (..., D)."""
     head_size = states.shape[-1]
     if dropout_p and states.is_cpu:  # the fused attention would draw torch's own numbers
-        return partial(written_out_attention, dropout=fast_dropout)
+        return partial(eager_attention, dropout=fast_dropout)
     if not onednn.multiplies(states, length) or (fuses_bfloat16(states) and length >= FUSED_BFLOAT16):
         return fused_attention(states)
     if torch.is_grad_enabled():
-        return written_out_attention
+        return eager_attention
     if states.dtype == torch.float32 and length * length * head_size <= MKL_MULTIPLICATIONS:
         return fused_attention(states)
     return onednn_attention
 
 
-def written_out_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-    dropout: Callable[[Tensor, float], Tensor] = F.dropout,
-) -> tuple[Tensor, None]:
-    """`eager_attention`, (B, N, T, D) -> the same; by heads in memory, so that runs are joined in one copy."""
-    q, k, v = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)  # (N, B, T, D)
-    context, _ = eager_attention(q, k, v, mask, dropout_p, dropout)
-    return context.transpose(0, 1), None
-
-
 def onednn_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float
 ) -> tuple[Tensor, None]:
-    """`written_out_attention` without mask, dropout and gradients, (B, N, T, D) -> the same.
+    """`eager_attention` without mask, dropout and gradients, (B, N, T, D) -> the same.
 
     In pieces that fit the cache. A head's numbers do not depend on how many there are, nor on which piece
     it is in; what lies in two pieces is computed twice, which costs less than a third piece.

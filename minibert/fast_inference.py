@@ -52,8 +52,7 @@ def _identities(model: BertModel) -> list[int]:
     for module in modules:  # which grows as it is walked
         if module is None:  # `model.pooler = None`
             continue
-        if module._forward_hooks or module._forward_pre_hooks:
-            state += (*module._forward_hooks, *module._forward_pre_hooks)  # their numbers
+        state += (*module._forward_hooks, *module._forward_pre_hooks)  # the hooks' numbers
         for parameter in module._parameters.values():
             if parameter is not None:  # an inference tensor has no version, and cannot change
                 version = 0 if parameter.is_inference() else parameter._version

@@ -100,7 +100,8 @@ class Packing:
             contexts.append(context.transpose(1, 2).flatten(0, 1))
         if self.filling:
             contexts.append(query.new_zeros(self.filling, len(query), query.shape[2]))
-        return torch.cat(contexts).transpose(0, 1), None
+        joined = torch.cat(contexts) if len(contexts) > 1 else contexts[0]
+        return joined.transpose(0, 1), None
 
     def _attention_functions(self, states: Tensor, dropout_p: float) -> list[AttentionFunction]:
         """One for each run, chosen for the first layer that asks."""

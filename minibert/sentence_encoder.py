@@ -209,7 +209,7 @@ class SentenceEncoder(nn.Module):
                 "compile=True needs a GPU (Ampere or newer), dtype=torch.bfloat16, torch 2.11 and a head size "
                 f"that is a multiple of 8 up to 256 (it is {head_size}): leave it out"
             )
-        embeddings = self._zeros(len(ids))  # a text without any token stays zero
+        embeddings = self._empty(len(ids)).zero_()  # a text without any token stays zero
         with torch.inference_mode(), onednn_products() if embeddings.is_cpu else nullcontext():
             for batch, packing, hidden in run_texts(fast, ids, batch_size, compiled=self.compiled):
                 pool = packing.mean if self.pooling == "mean" else packing.first
@@ -219,7 +219,7 @@ class SentenceEncoder(nn.Module):
 
     def _join(self, blocks: list[Tensor]) -> Tensor:
         """(n, H) of all; takes them off the list one by one, so that each is freed once it is copied."""
-        embeddings = self._zeros(sum(map(len, blocks)))
+        embeddings = self._empty(sum(map(len, blocks)))
         row = 0
         while blocks:
             block = blocks.pop(0)
@@ -227,10 +227,10 @@ class SentenceEncoder(nn.Module):
             row += len(block)
         return embeddings
 
-    def _zeros(self, rows: int) -> Tensor:
+    def _empty(self, rows: int) -> Tensor:
         weight = self.model.embeddings.word.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
-        return torch.zeros(rows, weight.shape[1], dtype=wide, device=weight.device)
+        return torch.empty(rows, weight.shape[1], dtype=wide, device=weight.device)
 
     def save_pretrained(
         self, directory: str | Path, other_files: Mapping[str, bytes | Mapping[str, Tensor]] | None = None

@@ -383,6 +383,13 @@ def changes() -> Iterator[tuple[str, object]]:
     def activation_alone(model: BertModel) -> None:
         model.get_submodule("layers.0.feed_forward").activation = nn.ReLU()
 
+    class OnlyScaled(nn.Module):
+        def forward(self, hidden: Tensor, mask: object, attend: object) -> tuple[Tensor, None]:
+            return hidden * torch.arange(36), None
+
+    def other_layer(model: BertModel) -> None:
+        model.get_submodule("layers")[1] = OnlyScaled()  # type: ignore[operator]
+
     def norm(model: BertModel) -> None:
         with torch.no_grad():
             model.get_parameter("layers.1.feed_forward_norm.weight").mul_(1.5)
@@ -396,7 +403,7 @@ def changes() -> Iterator[tuple[str, object]]:
 
     yield from {"no bias": no_bias, "activation": activation, "norm": norm, "other norm": other_norm}.items()
     yield from {"in place": in_place, "step": a_step, "data": new_data, "module": new_module}.items()
-    yield from {"adapter": adapter, "activation alone": activation_alone}.items()
+    yield from {"adapter": adapter, "activation alone": activation_alone, "layer": other_layer}.items()
 
 
 def two_layers(minilm: Path) -> SentenceEncoder:
