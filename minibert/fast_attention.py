@@ -3,7 +3,7 @@
 However many texts there are beside it, a text's numbers have the same bits.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,12 +18,15 @@ TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 HAS_VARLEN = TORCH >= (2, 11) and torch.version.hip is None
 # varlen_attn may split a text by the longest one beside it unless told not to; before 2.13 it never did.
 UNSPLIT: dict[str, Any] = {"num_splits": 1} if TORCH >= (2, 13) else {}
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 ALIGNMENT = 64  # bytes; the last bits of MKL's products depend on where in a cache line a row begins
 
 # Measured, see docs/performance.md:
 MKL_MULTIPLICATIONS = 64**3  # of a float32 product: up to here the fused attention, MKL's, is faster
-FUSED_BFLOAT16 = 40  # tokens; from here on the fused attention is faster in bfloat16, with AMX
 SCORES = 2**20  # formed at a time: 4 MB
+VECTOR = 16  # scores that the fused attention's softmax takes at a time with AVX-512, and the rest one by one
+# From so many tokens on it pays to have no rest. (A short text alone is followed by none, and zeros take time.)
+WHOLE_FROM, WHOLE_FROM_BFLOAT16 = 65, 12
 
 
 def fastest_attention(states: Tensor, length: int, dropout_p: float) -> AttentionFunction:
@@ -31,13 +34,12 @@ def fastest_attention(states: Tensor, length: int, dropout_p: float) -> Attentio
     head_size = states.shape[-1]
     if dropout_p and states.is_cpu:  # the fused attention would draw torch's own numbers
         return partial(eager_attention, dropout=fast_dropout)
-    if not onednn.multiplies(states, length) or (fuses_bfloat16(states) and length >= FUSED_BFLOAT16):
-        return fused_attention(states)
+    if not onednn.multiplies(states, length):
+        return fused_attention(states, length)
     if torch.is_grad_enabled():
         return eager_attention
-    if states.dtype == torch.float32 and length * length * head_size <= MKL_MULTIPLICATIONS:
-        return fused_attention(states)
-    return onednn_attention
+    few = states.dtype == torch.float32 and length * length * head_size <= MKL_MULTIPLICATIONS
+    return fused_attention(states, length) if few or fuses_bfloat16(states) else onednn_attention
 
 
 def onednn_attention(
@@ -89,15 +91,53 @@ def _step(number: int) -> int:
     return 1 << max(number.bit_length() - 3, 0)
 
 
-def fused_attention(states: Tensor) -> AttentionFunction:
-    """`sdpa_attention`, with what states like these need around it."""
-    if not states.is_cpu or fuses_bfloat16(states):
+def fused_attention(states: Tensor, length: int) -> AttentionFunction:
+    """`sdpa_attention`, with what it needs around it for so many tokens and states like these."""
+    if not states.is_cpu:
         return sdpa_attention
-    wide = torch.promote_types(states.dtype, torch.float32)  # bfloat16 is slower here
-    filling = -states.shape[-1] % (ALIGNMENT // wide.itemsize)  # 0 in every published model
-    if wide == states.dtype and not filling and not onednn.are_exact():
-        return sdpa_attention
-    return partial(mkl_attention, dtype=wide, filling=filling)
+    attend: AttentionFunction = sdpa_attention
+    dtype = states.dtype
+    if not fuses_bfloat16(states):
+        dtype = torch.promote_types(dtype, torch.float32)  # bfloat16 is slower here
+        padding = -states.shape[-1] % (ALIGNMENT // dtype.itemsize)  # 0 in every published model
+        if dtype != states.dtype or padding or onednn.are_exact():
+            attend = partial(mkl_attention, dtype=dtype, padding=padding)
+    fewest = WHOLE_FROM_BFLOAT16 if dtype == torch.bfloat16 else WHOLE_FROM
+    if HAS_AVX512 and length >= fewest and length % VECTOR > 2 and not torch.is_grad_enabled():
+        attend = partial(whole_vectors_attention, attend=attend, keys_mask=_keys_mask(length, dtype))
+    return attend
+
+
+def whole_vectors_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    *,
+    attend: AttentionFunction,
+    keys_mask: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """`attend`, which sees beyond a text's end what `keys_mask` (1, 1, 1, keys) then leaves no weight."""
+    keys = keys_mask.shape[-1]
+    return attend(query, _continued(key, keys), _continued(value, keys), keys_mask, dropout_p)
+
+
+def _continued(states: Tensor, length: int) -> Tensor:
+    """(B, N, T, D) -> (B, N, length, D): what follows in memory, as a rule the next text, or else zeros."""
+    batch, heads, tokens, head_size = states.shape
+    to_next, to_next_head, to_next_token, _ = strides = states.stride()
+    last = (batch - 1) * to_next + (heads - 1) * to_next_head + (length - 1) * to_next_token + head_size
+    if (states.storage_offset() + last) * states.itemsize > states.untyped_storage().nbytes():
+        return F.pad(states, (0, 0, 0, length - tokens))
+    return states.as_strided((batch, heads, length, head_size), strides)
+
+
+@lru_cache(maxsize=1024)
+def _keys_mask(length: int, dtype: torch.dtype) -> Tensor:
+    """(1, 1, 1, keys): 0 for a text's own, -inf for those that follow until there are whole vectors of them."""
+    keys = torch.arange(length + -length % VECTOR, device="cpu").view(1, 1, 1, -1)
+    return torch.zeros(keys.shape, dtype=dtype, device="cpu").masked_fill(keys >= length, -torch.inf)
 
 
 def mkl_attention(
@@ -108,19 +148,19 @@ def mkl_attention(
     dropout_p: float,
     *,
     dtype: torch.dtype,
-    filling: int,
+    padding: int,
 ) -> tuple[Tensor, None]:
-    """`sdpa_attention` in `dtype`, of heads that are filled up, whose products are MKL's."""
+    """`sdpa_attention` in `dtype`, of heads with `padding`, whose products are MKL's."""
     head_size, narrow = query.shape[-1], query.dtype
     if narrow != dtype:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if filling:
-        query, key, value = (F.pad(states, (0, filling)) for states in (query, key, value))
+    if padding:
+        query, key, value = (F.pad(states, (0, padding)) for states in (query, key, value))
     with onednn.products_through("MKL", query):
         context = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=head_size**-0.5
         )
-    if filling:
+    if padding:
         context = context[..., :head_size]
     return context if narrow == dtype else context.to(narrow), None
 
