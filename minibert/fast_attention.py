@@ -25,7 +25,8 @@ ALIGNMENT = 64  # bytes; the last bits of MKL's products depend on where in a ca
 MKL_MULTIPLICATIONS = 64**3  # of a float32 product: up to here the fused attention, MKL's, is faster
 SCORES = 2**20  # formed at a time: 4 MB
 VECTOR = 16  # scores that the fused attention's softmax takes at a time with AVX-512, and the rest one by one
-# From so many tokens on it pays to have no rest. (A short text alone is followed by none, and zeros take time.)
+MOST_SINGLY = 2  # so few left over take no longer than rounding up to whole vectors
+# From so many tokens on rounding up pays. (Behind a text that is alone zeros must be copied, which takes time.)
 WHOLE_FROM, WHOLE_FROM_BFLOAT16 = 65, 12
 
 
@@ -38,8 +39,8 @@ def fastest_attention(states: Tensor, length: int, dropout_p: float) -> Attentio
         return fused_attention(states, length)
     if torch.is_grad_enabled():
         return eager_attention
-    few = states.dtype == torch.float32 and length * length * head_size <= MKL_MULTIPLICATIONS
-    return fused_attention(states, length) if few or fuses_bfloat16(states) else onednn_attention
+    small = states.dtype == torch.float32 and length * length * head_size <= MKL_MULTIPLICATIONS
+    return fused_attention(states, length) if small or fuses_bfloat16(states) else onednn_attention
 
 
 def onednn_attention(
@@ -102,8 +103,8 @@ def fused_attention(states: Tensor, length: int) -> AttentionFunction:
         padding = -states.shape[-1] % (ALIGNMENT // dtype.itemsize)  # 0 in every published model
         if dtype != states.dtype or padding or onednn.are_exact():
             attend = partial(mkl_attention, dtype=dtype, padding=padding)
-    fewest = WHOLE_FROM_BFLOAT16 if dtype == torch.bfloat16 else WHOLE_FROM
-    if HAS_AVX512 and length >= fewest and length % VECTOR > 2 and not torch.is_grad_enabled():
+    whole_from = WHOLE_FROM_BFLOAT16 if dtype == torch.bfloat16 else WHOLE_FROM
+    if HAS_AVX512 and length >= whole_from and length % VECTOR > MOST_SINGLY and not torch.is_grad_enabled():
         attend = partial(whole_vectors_attention, attend=attend, keys_mask=_keys_mask(length, dtype))
     return attend
 
@@ -118,19 +119,22 @@ def whole_vectors_attention(
     attend: AttentionFunction,
     keys_mask: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """`attend`, which sees beyond a text's end what `keys_mask` (1, 1, 1, keys) then leaves no weight."""
+    """`attend`, without another mask, on keys and values that go on beyond a text's end.
+
+    `keys_mask` (1, 1, 1, keys) leaves what lies there no weight, if it is finite.
+    """
     keys = keys_mask.shape[-1]
     return attend(query, _continued(key, keys), _continued(value, keys), keys_mask, dropout_p)
 
 
 def _continued(states: Tensor, length: int) -> Tensor:
-    """(B, N, T, D) -> (B, N, length, D): what follows in memory, as a rule the next text, or else zeros."""
-    batch, heads, tokens, head_size = states.shape
-    to_next, to_next_head, to_next_token, _ = strides = states.stride()
-    last = (batch - 1) * to_next + (heads - 1) * to_next_head + (length - 1) * to_next_token + head_size
-    if (states.storage_offset() + last) * states.itemsize > states.untyped_storage().nbytes():
-        return F.pad(states, (0, 0, 0, length - tokens))
-    return states.as_strided((batch, heads, length, head_size), strides)
+    """(B, N, T, D) -> (B, N, length, D): with the next text, or what else follows in memory, or zeros."""
+    sizes = (*states.shape[:2], length, states.shape[3])
+    steps = states.stride()
+    end = states.storage_offset() + 1 + sum((n - 1) * step for n, step in zip(sizes, steps, strict=True))
+    if end * states.itemsize > states.untyped_storage().nbytes():
+        return F.pad(states, (0, 0, 0, length - states.shape[2]))
+    return states.as_strided(sizes, steps)
 
 
 @lru_cache(maxsize=1024)

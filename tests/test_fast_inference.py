@@ -312,11 +312,12 @@ def test_the_length_alone_decides_what_forms_attention(
 def test_what_follows_a_text_has_no_weight(
     monkeypatch: pytest.MonkeyPatch, length: int, dtype: torch.dtype
 ) -> None:
-    """However large it is: keys are continued by those of the next text."""
+    """However large it is: keys and values are continued by those of the next text, without a copy."""
     spy = Mock(wraps=fast_attention.whole_vectors_attention)
     monkeypatch.setattr(fast_attention, "whole_vectors_attention", spy)
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 5, 3 * length, 32).to(dtype)
+    q, k, v, _ = torch.randn(4, 5, 3 * length, 32).to(dtype)  # something follows the values, too
+    monkeypatch.setattr("torch.nn.functional.pad", Mock(side_effect=AssertionError))
     contexts = []
     for factor in (1, 1e30):
         k[:, 2 * length :] *= factor
@@ -325,6 +326,20 @@ def test_what_follows_a_text_has_no_weight(
             contexts.append(Packing(((3, length),), CPU).attend(q, k, v, None, 0.0)[0][:, : 2 * length])
     assert torch.equal(*contexts)
     assert spy.call_count == 2 * (fast_attention.HAS_AVX512 and (dtype == torch.float32 or FUSED))
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_keys_are_continued_as_far_as_memory_goes(by_columns: bool) -> None:
+    """By what is there, up to its last number, and otherwise by zeros; in whichever order it lies."""
+    memory = torch.randn(13, 3, 7)  # (tokens, N, D)
+    if by_columns:
+        memory = memory.flatten(1).T.contiguous().T.view(13, 3, 7)
+    for tokens in (5, 10, 13):
+        states = memory[:tokens].transpose(0, 1)[None]  # (1, N, T, D)
+        assert torch.equal(fast_attention._continued(states, 13), memory.transpose(0, 1)[None])
+        longer = fast_attention._continued(states, 14)
+        assert torch.equal(longer[:, :, :tokens], states)
+        assert not longer[:, :, tokens:].any()
 
 
 def test_what_was_chosen_for_one_case_is_not_taken_in_another() -> None:
