@@ -72,7 +72,8 @@ def restore(
         kind, _, rest = name.partition("/")
         if kind == "optimizer":
             parameter, _, key = rest.rpartition("/")
-            device = torch.device("cpu") if key == "step" else parameters[parameter].device
+            on_cpu = key == "step" and not optimizer.defaults["fused"]
+            device = torch.device("cpu") if on_cpu else parameters[parameter].device
             optimizer.state[parameters[parameter]][key] = tensor.clone().to(device)
         elif kind == "random":
             processes.set_random_state(rest, tensor.clone())

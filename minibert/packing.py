@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minibert.attention import AttentionFunction
 from minibert.config import BertConfig
-from minibert.fast_attention import fastest_attention, has_varlen, varlen_attention
+from minibert.fast_attention import fastest_attention, has_varlen, padded_attention, varlen_attention
 from minibert.inputs import check_ids
 
 if TYPE_CHECKING:
@@ -71,6 +71,19 @@ class Packing:
         return max(length for _, length in self.runs)
 
     @cached_property
+    def cells(self) -> Tensor:
+        """(tokens,): where each token lies when all texts are padded to the longest, (texts * longest)."""
+        texts, lengths = np.array(self.runs, np.int64).T
+        own = np.arange(self.longest) < lengths.repeat(texts)[:, None]  # (texts, longest)
+        return send(np.flatnonzero(own), self.device)
+
+    @cached_property
+    def own_keys(self) -> Tensor:
+        """(texts, 1, 1, longest): which keys are a text's own when all are padded to the longest."""
+        upwards = torch.arange(self.longest, device=self.device)
+        return (upwards < self.lengths[:, None])[:, None, None]
+
+    @cached_property
     def sizes(self) -> list[int]:
         """How many tokens each run has, and then how many belong to none."""
         return [*(texts * length for texts, length in self.runs), self.filling]
@@ -89,6 +102,9 @@ class Packing:
             return query, None
         if query.is_cuda and not dropout_p and has_varlen(query.device, query.dtype, query.shape[2]):
             return varlen_attention(query, key, value, mask, dropout_p, self.starts, self.longest)
+        if query.is_cuda and torch.is_grad_enabled() and len(self.runs) > 1 and not self.filling:
+            # A call for each length would start some dozen small kernels each, backward included.
+            return padded_attention(query, key, value, mask, dropout_p, self.cells, self.own_keys)
         functions = self._attention_functions(query, dropout_p)
         if len(self.runs) == self.runs[0][0] == 1 and not self.filling:  # one text: less to call
             context, _ = functions[0](query[None], key[None], value[None], None, dropout_p)

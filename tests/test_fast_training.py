@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from minibert.onednn import onednn_products
 from tests.conftest import save_small
 
 needs_onednn = pytest.mark.skipif(not onednn.are_exact(), reason="oneDNN is not used here")
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PLAIN = pytest.param(nullcontext, id="MKL")
 ONEDNN = pytest.param(onednn_products, id="oneDNN", marks=needs_onednn)
 
@@ -43,17 +45,19 @@ def batch(kind: str, seed: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("products", [PLAIN, ONEDNN])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_a_gpu)])
 @pytest.mark.parametrize("kind", ["right", "left", "random", "full"])
 @pytest.mark.parametrize("frozen", [0, 4])
 def test_gradients_agree_with_the_padded_reference(
-    minilm: Path, products: Callable[[], AbstractContextManager[object]], kind: str, frozen: int
+    minilm: Path, products: Callable[[], AbstractContextManager[object]], device: str, kind: str, frozen: int
 ) -> None:
-    inputs = batch(kind, seed=frozen)
+    inputs = {name: tensor.to(device) for name, tensor in batch(kind, seed=frozen).items()}
     results: list[tuple[Tensor, dict[str, Tensor]]] = []
     for attention, context in (("sdpa", nullcontext()), ("packed", products())):
         encoder = BertModel.from_pretrained(minilm, attention=attention)
         torch.manual_seed(0)
-        model = MultiTaskModel(encoder, {"a": MLPHead(384, 256, 3), "b": MLPHead(384, 128, 2)}).eval()
+        model = MultiTaskModel(encoder, {"a": MLPHead(384, 256, 3), "b": MLPHead(384, 128, 2)})
+        model.to(device).eval()
         for part in [encoder.embeddings, *encoder.layers[:frozen]] if frozen else []:
             part.requires_grad_(False)
         rows = inputs["attention_mask"].sum(1) > 0  # of an empty text the reference's layers make something
@@ -71,6 +75,22 @@ def test_gradients_agree_with_the_padded_reference(
         # softmax does not see what is added to all keys alike: the gradient of their bias is rounding
         scale = reference[name.replace("key.bias", "query.bias")].norm()
         assert (gradient - reference[name]).norm() <= 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_call_attends_to_all_lengths(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 38, (7,), generator=generator).sort(descending=True).values.tolist()
+    runs = packing.Packing.of([*lengths, 1, 1], torch.device("cpu"))
+    states = torch.randn(3, sum(lengths) + 2, 3, 13, generator=generator).requires_grad_()
+    direction = torch.randn(3, sum(lengths) + 2, 13, generator=generator)
+    one_call = partial(fast_attention.padded_attention, cells=runs.cells, own_keys=runs.own_keys)
+    results = []
+    for attend in (runs.attend, one_call):
+        query, key, value = states.transpose(1, 2)
+        context, _ = attend(query, key, value, None, 0.0)
+        results.append((context, *torch.autograd.grad(context, states, direction)))
+    torch.testing.assert_close(*results)
 
 
 def test_what_the_mask_hides_is_zero_and_is_not_read(minilm: Path) -> None:
