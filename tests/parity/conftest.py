@@ -17,6 +17,12 @@ def base_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_random_bert(tmp_path_factory.mktemp("base"))
 
 
+@pytest.fixture(scope="session")
+def base_width(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with three layers, for what takes long: deeper ones repeat the same operations."""
+    return save_random_bert(tmp_path_factory.mktemp("width"), num_hidden_layers=3)
+
+
 @pytest.fixture(scope="session", params=["tiny", "minilm", pytest.param("base_size", marks=pytest.mark.slow)])
 def directory(request: pytest.FixtureRequest) -> Path:
     path: Path = request.getfixturevalue(request.param)

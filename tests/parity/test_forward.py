@@ -41,8 +41,8 @@ def test_outputs_equal_in_other_dtypes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_base_size_equal_in_other_dtypes(base_size: Path, dtype: torch.dtype, attention: str) -> None:
-    assert_equal_outputs(base_size, attention, dtype)
+def test_base_width_equal_in_other_dtypes(base_width: Path, dtype: torch.dtype, attention: str) -> None:
+    assert_equal_outputs(base_width, attention, dtype)
 
 
 @pytest.mark.parametrize("seed", range(1, 6))

@@ -118,10 +118,10 @@ def test_base_size(base_size: Path, attention: str, training: bool, steps: int) 
 @pytest.mark.slow
 @pytest.mark.parametrize(("training", "steps"), [(False, 1), (True, 3)], ids=["eval", "dropout"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_base_size_in_other_dtypes(
-    base_size: Path, attention: str, dtype: torch.dtype, training: bool, steps: int
+def test_base_width_in_other_dtypes(
+    base_width: Path, attention: str, dtype: torch.dtype, training: bool, steps: int
 ) -> None:
-    assert_same_training(base_size, attention, dtype, training, steps)
+    assert_same_training(base_width, attention, dtype, training, steps)
 
 
 def test_distilbert(attention: str, tmp_path: Path) -> None:
