@@ -20,7 +20,8 @@ class FirstFailedError(RuntimeError):
 class Processes:
     """This process among those that train together: its `rank`, how many there are, its device.
 
-    `device` is cpu, cuda, cuda:N, or auto; `bf16` whether `autocast` does anything.
+    `device` is cpu, cuda, cuda:N, or auto; `bf16` whether `autocast` does anything. On a GPU cuDNN's attention
+    is turned off, for all that runs in this process.
 
     Raises:
         ValueError: there is no such device here.
@@ -43,9 +44,7 @@ class Processes:
             raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            torch.backends.cuda.enable_cudnn_sdp(
-                False
-            )  # it plans for each size of batch anew, which takes longer
+            torch.backends.cuda.enable_cudnn_sdp(False)  # plans for every size of batch anew
         if self.count > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 

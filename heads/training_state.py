@@ -72,7 +72,7 @@ def restore(
         kind, _, rest = name.partition("/")
         if kind == "optimizer":
             parameter, _, key = rest.rpartition("/")
-            on_cpu = key == "step" and not optimizer.defaults["fused"]
+            on_cpu = key == "step" and not optimizer.defaults.get("fused")
             device = torch.device("cpu") if on_cpu else parameters[parameter].device
             optimizer.state[parameters[parameter]][key] = tensor.clone().to(device)
         elif kind == "random":

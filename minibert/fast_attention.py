@@ -1,6 +1,6 @@
-"""Attention made fast: for texts of one length by what is fastest there, or by one kernel for all lengths.
+"""Attention made fast: for texts of one length by what is fastest there, or by one call for all lengths.
 
-However many texts there are beside it, a text's numbers have the same bits.
+However many texts there are beside it, a text's numbers have the same bits (but for `padded_attention`).
 """
 
 from functools import lru_cache, partial
@@ -215,7 +215,7 @@ def padded_attention(
     cells: Tensor,
     own_keys: Tensor,
 ) -> tuple[Tensor, None]:
-    """`Packing.attend` as one call for all texts, padded to the longest of them.
+    """`Packing.attend` as one call for all texts, padded to the longest of them, on which last bits may depend.
 
     `cells` (tokens,) says where each token then lies in (texts * longest), `own_keys` (texts, 1, 1, longest)
     which keys are a text's own.

@@ -37,7 +37,7 @@ class BertModel(nn.Module):
     """The BERT encoder (Devlin et al. 2018, section 3), with random weights; see `from_pretrained`.
 
     `attention` is "sdpa" (fused), "eager" (written out, and can return its weights) or "packed" (the
-    layers see no padding, whose outputs are 0: the fastest, and equal to rounding).
+    layers see no padding, whose outputs are 0: the fastest on a CPU, and equal to rounding).
 
     Raises:
         ValueError: `attention` is none of these.

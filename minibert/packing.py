@@ -2,7 +2,8 @@
 
 Embeddings, Linears and LayerNorms treat each token alone, so they need not know. Attention and pooling
 must know which tokens belong together. Texts of equal length lie side by side, a run: each run is an
-ordinary batch (texts, length), and a text's numbers do not depend on how many others are in it.
+ordinary batch (texts, length), and a text's numbers do not depend on how many others are in it. (Only with
+gradients on a GPU attention pads.)
 """
 
 from collections.abc import Iterable, Sequence
@@ -103,7 +104,7 @@ class Packing:
         if query.is_cuda and not dropout_p and has_varlen(query.device, query.dtype, query.shape[2]):
             return varlen_attention(query, key, value, mask, dropout_p, self.starts, self.longest)
         if query.is_cuda and torch.is_grad_enabled() and len(self.runs) > 1 and not self.filling:
-            # A call for each length would start some dozen small kernels each, backward included.
+            # A call for each length would start many more kernels, forward and backward.
             return padded_attention(query, key, value, mask, dropout_p, self.cells, self.own_keys)
         functions = self._attention_functions(query, dropout_p)
         if len(self.runs) == self.runs[0][0] == 1 and not self.filling:  # one text: less to call

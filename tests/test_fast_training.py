@@ -15,6 +15,7 @@ import train
 from heads import MLPHead, MultiTaskModel, features
 from heads.data import SentenceDataset, dummy_examples
 from heads.features import fill
+from heads.processes import Processes
 from minibert import BertModel, Tokenizer, fast_attention, onednn, packing
 from minibert.fast_dropout import FastDropout, fast_dropout, use_fast_dropout
 from minibert.onednn import onednn_products
@@ -44,8 +45,14 @@ def batch(kind: str, seed: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
 
-@pytest.mark.parametrize("products", [PLAIN, ONEDNN])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_a_gpu)])
+@pytest.mark.parametrize(
+    ("products", "device"),
+    [
+        pytest.param(nullcontext, "cpu", id="MKL"),
+        pytest.param(onednn_products, "cpu", id="oneDNN", marks=needs_onednn),
+        pytest.param(nullcontext, "cuda", id="GPU", marks=needs_a_gpu),
+    ],
+)
 @pytest.mark.parametrize("kind", ["right", "left", "random", "full"])
 @pytest.mark.parametrize("frozen", [0, 4])
 def test_gradients_agree_with_the_padded_reference(
@@ -91,6 +98,33 @@ def test_one_call_attends_to_all_lengths(seed: int) -> None:
         context, _ = attend(query, key, value, None, 0.0)
         results.append((context, *torch.autograd.grad(context, states, direction)))
     torch.testing.assert_close(*results)
+    nothing, _ = one_call(query, key, value, None, 1.0)
+    assert not nothing.any()
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("kind", ["random", "full"])
+def test_on_a_gpu_lengths_share_a_call(minilm: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    dropped = []
+    one_call = fast_attention.padded_attention
+
+    def noting(*arguments: Any) -> Any:
+        dropped.append(arguments[4])
+        return one_call(*arguments)
+
+    monkeypatch.setattr(packing, "padded_attention", noting)
+    processes = Processes("cuda", bf16=True)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    model = BertModel.from_pretrained(minilm, attention="packed").to(processes.device).train()
+    inputs = {name: tensor.to(processes.device) for name, tensor in batch(kind, seed=0).items()}
+    with processes.autocast():
+        hidden = model(**inputs).last_hidden_state
+    hidden.float().logsumexp(-1).sum().backward()
+    assert dropped == ([] if kind == "full" else [0.1] * 6)
+    for name, parameter in model.named_parameters():
+        assert name.startswith("pooler") or (parameter.grad is not None and parameter.grad.isfinite().all()), (
+            name
+        )
 
 
 def test_what_the_mask_hides_is_zero_and_is_not_read(minilm: Path) -> None:
