@@ -44,7 +44,7 @@ class Processes:
             raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            torch.backends.cuda.enable_cudnn_sdp(False)  # plans for every size of batch anew
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every size of batch
         if self.count > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 

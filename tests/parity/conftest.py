@@ -1,4 +1,4 @@
-"""The three models that are held against transformers."""
+"""The models that are held against transformers."""
 
 from pathlib import Path
 from typing import Any
