@@ -116,7 +116,7 @@ def train(
     plan, epochs = options.plan(), all_batches(options, sets["train"])
     total = sum(map(len, epochs))
     step = TrainingStep(model, build_loss(options, model).to(processes.device))
-    fused = True if options.fast else None  # rounds differently
+    fused = options.fast or None  # rounds differently
     optimizer = torch.optim.AdamW(parameter_groups(plan, step, progress.epoch), fused=fused)
     if not state and not processes.is_first:
         torch.manual_seed(options.seed + processes.rank)  # other dropout than in the first process

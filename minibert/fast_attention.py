@@ -1,6 +1,6 @@
-"""Attention made fast: for texts of one length by what is fastest there, or by one call for all lengths.
+"""Attention made fast: for texts of one length by what is fastest there, or by one kernel for all lengths.
 
-However many texts there are beside it, a text's numbers have the same bits (but for `padded_attention`).
+However many texts there are beside it, a text's numbers have the same bits.
 """
 
 from functools import lru_cache, partial
@@ -204,25 +204,3 @@ def varlen_attention(
     context = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, **UNSPLIT)
     assert isinstance(context, Tensor)
     return context.transpose(0, 1), None
-
-
-def padded_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-    cells: Tensor,
-    own_keys: Tensor,
-) -> tuple[Tensor, None]:
-    """`Packing.attend` as one call for all texts, padded to the longest of them, on which last bits may depend.
-
-    `cells` (tokens,) says where each token then lies in (texts * longest), `own_keys` (texts, 1, 1, longest)
-    which keys are a text's own.
-    """
-    texts, longest = own_keys.shape[0], own_keys.shape[-1]
-    packed = torch.stack([states.transpose(0, 1) for states in (query, key, value)], 1)  # (tokens, 3, N, D)
-    padded = packed.new_zeros(texts * longest, *packed.shape[1:]).index_copy_(0, cells, packed)
-    q, k, v = padded.view(texts, longest, *packed.shape[1:]).permute(2, 0, 3, 1, 4)  # (texts, N, longest, D)
-    context, _ = sdpa_attention(q, k, v, own_keys, dropout_p)
-    return context.transpose(1, 2).flatten(0, 1).index_select(0, cells).transpose(0, 1), None

@@ -111,7 +111,7 @@ class BertModel(nn.Module):
         """
         if attend is None and self.attention == "packed":
             batch = PaddedBatch(hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask)
-            for packed, _ in self.run_layers(batch.pack(hidden), None, start, stop, batch.packing.attend):
+            for packed, _ in self.run_layers(batch.pack(hidden), None, start, stop, batch.attend):
                 yield batch.unpack(packed), None
             return
         if attend is None:

@@ -2,8 +2,7 @@
 
 Embeddings, Linears and LayerNorms treat each token alone, so they need not know. Attention and pooling
 must know which tokens belong together. Texts of equal length lie side by side, a run: each run is an
-ordinary batch (texts, length), and a text's numbers do not depend on how many others are in it. (Only with
-gradients on a GPU attention pads.)
+ordinary batch (texts, length), and a text's numbers do not depend on how many others are in it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minibert.attention import AttentionFunction
+from minibert.attention import AttentionFunction, sdpa_attention
 from minibert.config import BertConfig
-from minibert.fast_attention import fastest_attention, has_varlen, padded_attention, varlen_attention
+from minibert.fast_attention import fastest_attention, has_varlen, varlen_attention
 from minibert.inputs import check_ids
 
 if TYPE_CHECKING:
@@ -72,19 +71,6 @@ class Packing:
         return max(length for _, length in self.runs)
 
     @cached_property
-    def cells(self) -> Tensor:
-        """(tokens,): where each token lies when all texts are padded to the longest, (texts * longest)."""
-        texts, lengths = np.array(self.runs, np.int64).T
-        own = np.arange(self.longest) < lengths.repeat(texts)[:, None]  # (texts, longest)
-        return send(np.flatnonzero(own), self.device)
-
-    @cached_property
-    def own_keys(self) -> Tensor:
-        """(texts, 1, 1, longest): which keys are a text's own when all are padded to the longest."""
-        upwards = torch.arange(self.longest, device=self.device)
-        return (upwards < self.lengths[:, None])[:, None, None]
-
-    @cached_property
     def sizes(self) -> list[int]:
         """How many tokens each run has, and then how many belong to none."""
         return [*(texts * length for texts, length in self.runs), self.filling]
@@ -101,11 +87,8 @@ class Packing:
         """An `AttentionFunction` in which a text sees only itself: (N, tokens, D) -> (N, tokens, D)."""
         if not self.runs:
             return query, None
-        if query.is_cuda and not dropout_p and has_varlen(query.device, query.dtype, query.shape[2]):
+        if _has_one_kernel(query, dropout_p):
             return varlen_attention(query, key, value, mask, dropout_p, self.starts, self.longest)
-        if query.is_cuda and torch.is_grad_enabled() and len(self.runs) > 1 and not self.filling:
-            # A call for each length would start many more kernels, forward and backward.
-            return padded_attention(query, key, value, mask, dropout_p, self.cells, self.own_keys)
         functions = self._attention_functions(query, dropout_p)
         if len(self.runs) == self.runs[0][0] == 1 and not self.filling:  # one text: less to call
             context, _ = functions[0](query[None], key[None], value[None], None, dropout_p)
@@ -171,17 +154,39 @@ class PaddedBatch:
         lengths, order = mask.sum(1).sort(descending=True, stable=True)  # (B,)
         cells = torch.arange(mask.numel(), device=mask.device).view(mask.shape)  # (B, T)
         self.cells = cells[order][mask[order]]  # (tokens,): where each token lies in (B * T)
-        self.shape = mask.shape
+        self.mask = mask
         self.packing = Packing.of((length for length in lengths.tolist() if length), mask.device)
 
     def pack(self, hidden: Tensor) -> Tensor:
-        """(B, T, H) -> (tokens, H)."""
-        return hidden.flatten(0, 1)[self.cells]
+        """(B, T, ...) -> (tokens, ...)."""
+        return hidden.flatten(0, 1).index_select(0, self.cells)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """(tokens, H) -> (B, T, H), zero where the mask is."""
-        empty = packed.new_zeros(self.shape.numel(), packed.shape[1])  # (B * T, H)
-        return empty.index_copy(0, self.cells, packed).unflatten(0, self.shape)  # type: ignore[no-untyped-call, no-any-return]
+        empty = packed.new_zeros(self.mask.numel(), packed.shape[1])  # (B * T, H)
+        return empty.index_copy_(0, self.cells, packed).view(*self.mask.shape, packed.shape[1])
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `Packing.attend`; padded in training on a GPU, where calls for each length start many kernels."""
+        by_length = len(self.packing.runs) > 1 and not _has_one_kernel(query, dropout_p)
+        if by_length and query.is_cuda and torch.is_grad_enabled():
+            return self.attend_padded(query, key, value, dropout_p), None
+        return self.packing.attend(query, key, value, mask, dropout_p)
+
+    def attend_padded(self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
+        """(N, tokens, D) -> (N, tokens, D), all texts in one call. Last bits may depend on the padding."""
+        packed = torch.stack([states.transpose(0, 1) for states in (query, key, value)], 1)  # (tokens, 3, N, D)
+        padded = self.unpack(packed.flatten(1)).view(*self.mask.shape, *packed.shape[1:])  # (B, T, 3, N, D)
+        q, k, v = padded.permute(2, 0, 3, 1, 4)  # (B, N, T, D)
+        context, _ = sdpa_attention(q, k, v, self.mask[:, None, None], dropout_p)
+        return self.pack(context.transpose(1, 2)).transpose(0, 1)
+
+
+def _has_one_kernel(states: Tensor, dropout_p: float) -> bool:
+    """Whether there is one for all lengths, for states (N, tokens, D)."""
+    return states.is_cuda and not dropout_p and has_varlen(states.device, states.dtype, states.shape[2])
 
 
 def send(array: "NDArray[np.int64]", device: torch.device) -> Tensor:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,35 +83,34 @@ def test_gradients_agree_with_the_padded_reference(
         assert (gradient - reference[name]).norm() <= 1e-5 * scale, name
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_one_call_attends_to_all_lengths(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 38, (7,), generator=generator).sort(descending=True).values.tolist()
-    runs = packing.Packing.of([*lengths, 1, 1], torch.device("cpu"))
-    states = torch.randn(3, sum(lengths) + 2, 3, 13, generator=generator).requires_grad_()
-    direction = torch.randn(3, sum(lengths) + 2, 13, generator=generator)
-    one_call = partial(fast_attention.padded_attention, cells=runs.cells, own_keys=runs.own_keys)
+@pytest.mark.parametrize("kind", ["right", "left", "random"])
+def test_one_call_attends_to_all_lengths(kind: str) -> None:
+    texts = packing.PaddedBatch(batch(kind, seed=0)["attention_mask"])
+    torch.manual_seed(0)
+    states = torch.randn(3, len(texts.cells), 5, 7, requires_grad=True)
+    query, key, value = states.transpose(1, 2)  # (N, tokens, D)
+    direction = torch.randn_like(query)
     results = []
-    for attend in (runs.attend, one_call):
-        query, key, value = states.transpose(1, 2)
-        context, _ = attend(query, key, value, None, 0.0)
+    for context in (
+        texts.packing.attend(query, key, value, None, 0.0)[0],
+        texts.attend_padded(query, key, value, 0.0),
+    ):
         results.append((context, *torch.autograd.grad(context, states, direction)))
     torch.testing.assert_close(*results)
-    nothing, _ = one_call(query, key, value, None, 1.0)
-    assert not nothing.any()
+    assert not texts.attend_padded(query, key, value, dropout_p=1.0).any()
 
 
 @needs_a_gpu
 @pytest.mark.parametrize("kind", ["random", "full"])
 def test_on_a_gpu_lengths_share_a_call(minilm: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     dropped = []
-    one_call = fast_attention.padded_attention
+    one_call = packing.PaddedBatch.attend_padded
 
     def noting(*arguments: Any) -> Any:
-        dropped.append(arguments[4])
+        dropped.append(arguments[-1])
         return one_call(*arguments)
 
-    monkeypatch.setattr(packing, "padded_attention", noting)
+    monkeypatch.setattr(packing.PaddedBatch, "attend_padded", noting)
     processes = Processes("cuda", bf16=True)
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     model = BertModel.from_pretrained(minilm, attention="packed").to(processes.device).train()
@@ -121,10 +119,8 @@ def test_on_a_gpu_lengths_share_a_call(minilm: Path, monkeypatch: pytest.MonkeyP
         hidden = model(**inputs).last_hidden_state
     hidden.float().logsumexp(-1).sum().backward()
     assert dropped == ([] if kind == "full" else [0.1] * 6)
-    for name, parameter in model.named_parameters():
-        assert name.startswith("pooler") or (parameter.grad is not None and parameter.grad.isfinite().all()), (
-            name
-        )
+    gradients = [p.grad for name, p in model.named_parameters() if not name.startswith("pooler")]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
 def test_what_the_mask_hides_is_zero_and_is_not_read(minilm: Path) -> None:
