@@ -227,7 +227,7 @@ def all_batches(options: Options, dataset: SentenceDataset) -> list[list[list[in
 def parameter_groups(plan: FreezePlan, step: TrainingStep, epoch: int) -> list[dict[str, Any]]:
     """The plan's, and the learned weights of the losses, which no plan freezes."""
     learned = list(step.loss.parameters())
-    group = {"name": "loss weights", "params": learned, "lr": plan.head_lr, "weight_decay": 0.0}
+    group = {"params": learned, "lr": plan.head_lr, "weight_decay": 0.0}
     return plan.optimizer_groups(step.model, epoch) + [group] * bool(learned)
 
 

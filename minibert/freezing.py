@@ -140,18 +140,16 @@ class FreezePlan:
     def optimizer_groups(self, model: Headed, epoch: int = 0) -> list[dict[str, Any]]:
         """Parameter groups for a torch optimizer: what is trained, and nothing else.
 
-        Two for each group of the model, with and without weight decay; `name` says which.
+        Two for each learning rate, of matrices with weight decay and of vectors without. Few groups, since on
+        a GPU an optimizer starts its kernels for each.
         """
-        groups = named_groups(model)
-        rates = self._learning_rates(model)
-        result = []
+        groups, rates = named_groups(model), self._learning_rates(model)
+        together: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name in self.trained(model, epoch):
-            matrices = [p for p in groups[name].parameters() if p.ndim > 1]
-            vectors = [p for p in groups[name].parameters() if p.ndim <= 1]  # biases and LayerNorms
-            for params, decay in ((matrices, self.weight_decay), (vectors, 0.0)):
-                if params:
-                    result.append({"name": name, "params": params, "lr": rates[name], "weight_decay": decay})
-        return result
+            for parameter in groups[name].parameters():
+                decay = self.weight_decay if parameter.ndim > 1 else 0.0  # none of biases and LayerNorms
+                together.setdefault((rates[name], decay), []).append(parameter)
+        return [{"params": some, "lr": lr, "weight_decay": decay} for (lr, decay), some in together.items()]
 
     def frozen_depth(self, model: Headed, epoch: int = 0) -> int | None:
         """How many layers, from the bottom, are frozen on top of frozen embeddings; None: not even those."""
