@@ -98,7 +98,7 @@ def test_a_killed_run_goes_on(minilm: Path, tmp_path: Path) -> None:
     lines = [f"line {i}" for i in range(9000)]
     (tmp_path / "in.txt").write_text("\n".join(lines))
     command = [sys.executable, "-m", "minibert", "encode", "--model", str(minilm), str(tmp_path / "in.txt")]
-    command += ["-o", str(tmp_path / "out.npy"), "--resume"]
+    command += ["-o", str(tmp_path / "out.npy"), "--device", "cpu", "--resume"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     record = tmp_path / "out.npy.part.json"
     while not record.is_file() and process.poll() is None:

@@ -685,6 +685,7 @@ def test_two_processes_train_as_one(no_dropout: Path, tmp_path: Path, freeze: st
     data = table(tmp_path / "a.csv", [("text", "kind", "mood"), *rows])
     command = f"--model {no_dropout} --train {data} --validation {data} --task type=kind --task mood=mood"
     command += f" --epochs 2 --batch-size 9 --lr 1e-4 --freeze {freeze} --balance uncertainty"
+    command += " --device cpu"  # there may be one GPU
     assert train.main([*command.split(), "--output", str(tmp_path / "one")]) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
@@ -715,7 +716,7 @@ def test_two_processes_train_as_one(no_dropout: Path, tmp_path: Path, freeze: st
 @pytest.mark.slow
 def test_an_error_in_the_first_process_stops_all_with_one_sentence(small: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "best").mkdir(parents=True)
-    command = f"--model {small} --data dummy --epochs 1 --output {tmp_path / 'run'}"
+    command = f"--model {small} --data dummy --epochs 1 --device cpu --output {tmp_path / 'run'}"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
         [*torchrun, str(ROOT / "train.py"), *command.split()], capture_output=True, text=True, check=False

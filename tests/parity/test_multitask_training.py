@@ -54,7 +54,7 @@ def test_every_strategy(small: Path, table: Path, tmp_path: Path, strategy: str)
     run = tmp_path / "run"
     command = f"--model {small} --train {table} --validation {table} --freeze {strategy}"
     command += " --task type=type --task sentiment=sentiment --epochs 5 --batch-size 7 --seed 5"
-    command += f" --lr 1e-3 --head-lr 3e-3 --weight-decay 0.1 --feature-cache-mb 0 --output {run}"
+    command += f" --lr 1e-3 --head-lr 3e-3 --weight-decay 0.1 --feature-cache-mb 0 --device cpu --output {run}"
     assert train.main(command.split()) == 0
     ours = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [record["losses"] for record in ours if "losses" in record]
