@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minibert.attention import AttentionFunction
 from minibert.config import BertConfig
@@ -63,6 +65,17 @@ def _identities(model: BertModel) -> list[int]:
 
 _LOCK = threading.Lock()  # threads may encode at the same time
 _COPIES: WeakKeyDictionary[BertModel, tuple[object, BertModel]] = WeakKeyDictionary()
+
+
+def _note_fused_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """A fused optimizer writes into its parameters without torch's keeping a record of it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("fused") else ():
+            if parameter.grad is not None:
+                increment_version(parameter)
+
+
+register_optimizer_step_post_hook(_note_fused_step)
 
 
 def new_fast_copy(model: BertModel, dtype: torch.dtype | None = None, layers: int | None = None) -> BertModel:

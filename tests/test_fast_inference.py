@@ -395,6 +395,10 @@ def changes() -> Iterator[tuple[str, object]]:
         model(torch.tensor([[5, 6, 7]])).last_hidden_state[..., 0].sum().backward()
         torch.optim.Adam(model.parameters(), lr=0.1).step()
 
+    def a_fused_step(model: BertModel) -> None:
+        model(torch.tensor([[5, 6, 7]])).last_hidden_state[..., 0].sum().backward()
+        torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
+
     def new_data(model: BertModel) -> None:
         weight = model.get_parameter("layers.0.attention.value.weight")
         weight.data = weight.data * 1.5
@@ -435,8 +439,9 @@ def changes() -> Iterator[tuple[str, object]]:
         model.layers[1].feed_forward_norm = TwiceTheNorm(36)
 
     yield from {"no bias": no_bias, "activation": activation, "norm": norm, "other norm": other_norm}.items()
-    yield from {"in place": in_place, "step": a_step, "data": new_data, "module": new_module}.items()
-    yield from {"adapter": adapter, "activation alone": activation_alone, "layer": other_layer}.items()
+    yield from {"in place": in_place, "step": a_step, "fused step": a_fused_step, "data": new_data}.items()
+    yield from {"module": new_module, "adapter": adapter, "layer": other_layer}.items()
+    yield from {"activation alone": activation_alone}.items()
 
 
 def two_layers(minilm: Path) -> SentenceEncoder:
