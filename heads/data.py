@@ -65,7 +65,7 @@ def read_examples(
     """
     examples = []
     columns: set[str] = set()
-    for line, row in _rows(Path(path), [text, *tasks.values()]):
+    for line, row in _rows(Path(path), [text, *tasks.values()], split):
         where = f"{path}, line {line}"
         columns |= row.keys()
         if text not in row:
@@ -90,14 +90,18 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(name if name.isprintable() else repr(name) for name in names)
 
 
-def _rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number (of a row's first line) and cells by column name; `needed` are the columns of a table."""
-    if path.suffix not in (".csv", ".tsv", ".jsonl"):
+def _rows(path: Path, needed: Sequence[str], split: str | None) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number (of a row's first line) and cells by column name; a table must have the `needed` ones."""
+    kind = path.suffix.lower()
+    if kind not in (".csv", ".tsv", ".jsonl"):
         raise DataError(f"cannot tell what {path} is: its name must end in .csv, .tsv or .jsonl")
     try:
         with path.open("rb") as file:
             lines = _decoded(path, file)
-            yield from _json_rows(path, lines) if path.suffix == ".jsonl" else _table_rows(path, lines, needed)
+            if kind == ".jsonl":
+                yield from _json_rows(path, lines, {*needed, split})
+            else:
+                yield from _table_rows(path, lines, needed)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -115,13 +119,13 @@ def _decoded(path: Path, lines: Iterator[bytes]) -> Iterator[str]:
 def _table_rows(
     path: Path, lines: Iterator[str], needed: Sequence[str]
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    if path.suffix == ".tsv":
+    if path.suffix.lower() == ".tsv":
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
     else:
         reader = csv.reader(lines, strict=True)
     try:
         names = [name.strip() for name in next(reader, [])]
-        if repeated := [name for name in names if names.count(name) > 1]:
+        if repeated := [name for name in names if name and names.count(name) > 1]:
             raise DataError(f"{path}, line 1: two columns are named {repeated[0]!r}")
         if names and (missing := [name for name in needed if name not in names]):
             raise DataError(f"{path}, line 1: no column {missing[0]!r}, there are: {_listed(names)}")
@@ -138,13 +142,13 @@ def _table_rows(
         raise DataError(f"{path}, line {reader.line_num}: {error}") from error
 
 
-def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, str]]]:
+def _json_rows(path: Path, lines: Iterator[str], used: set[str | None]) -> Iterator[tuple[int, dict[str, str]]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            cells = {key: _cell(value) for key, value in row.items()}
+            cells = {key: _cell(value) if key in used else "" for key, value in row.items()}
             "".join(cells.values()).encode()
         except UnicodeEncodeError as error:
             raise DataError(f"{path}, line {number}: not valid Unicode, it has a lone surrogate") from error

@@ -159,11 +159,13 @@ class MultiTaskModel(nn.Module):
         Args:
             name_or_path: that directory.
             heads: modules for heads that are not `MLPHead`s; their weights come from the file.
-            attention, dtype: the encoder's, as in `BertModel.from_pretrained`.
+            attention: the encoder's, as in `BertModel.from_pretrained`.
+            dtype: of all, as there; as stored if None.
 
         Raises:
             ModelNotFoundError: no such directory.
             CheckpointError: its files cannot be used.
+            ValueError: `heads` has one that was not saved, or as `BertModel.from_pretrained`.
         """
         directory = resolve(name_or_path)
         settings = read_json(directory / SETTINGS).get("heads")
@@ -171,6 +173,8 @@ class MultiTaskModel(nn.Module):
             raise CheckpointError(f"{directory / SETTINGS} has no `heads`: save_pretrained did not write it")
         has_tokenizer = any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
         given = dict(heads or {})
+        if unknown := sorted(given.keys() - settings.keys()):
+            raise ValueError(f"{directory} has no head {unknown[0]!r}, it has: {', '.join(settings)}")
         try:
             built = {name: given.get(name) or _build_head(name, sizes) for name, sizes in settings.items()}
             model = cls(
@@ -184,7 +188,11 @@ class MultiTaskModel(nn.Module):
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{directory / SETTINGS}: {error}") from error
         try:
-            model.heads.load_state_dict(read_file(directory / TENSORS))
+            tensors = {
+                key: tensor.to(dtype if tensor.is_floating_point() else None, copy=True)
+                for key, tensor in read_file(directory / TENSORS).items()
+            }
+            model.heads.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
             raise CheckpointError(
                 f"{directory / TENSORS} does not fit {SETTINGS}: {' '.join(str(error).split())}"
@@ -193,8 +201,10 @@ class MultiTaskModel(nn.Module):
 
 
 def _check_head(name: str, head: nn.Module, hidden_size: int, labels: Sequence[str] | None) -> None:
-    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"{name!r} cannot be the name of a task: use letters, digits, _ and -")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or name == "training":
+        raise ValueError(
+            f"{name!r} cannot be the name of a task: use letters, digits, _ and - (not `training`)"
+        )
     if labels is not None and (
         not isinstance(labels, list | tuple)
         or not all(isinstance(label, str) for label in labels)

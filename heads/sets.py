@@ -23,9 +23,13 @@ def read_sets(options: Options) -> tuple[dict[str, list[Example]], list[str]]:
     whole = sets["train"]
     for name in ("validation", "test"):
         marked = [example for example in whole if example.split == name]
-        if marked and sets.get(name):
+        given = sets.get(name, [])
+        if marked and given:
             raise DataError(f"{marked[0].where} is marked {name}, but --{name} is given too: use one of them")
-        sets[name] = marked or sets.get(name, [])
+        own = [example for example in given if example.split in ("", name)]
+        if given and not own:
+            raise DataError(f"--{name}: {given[0].where} is marked {given[0].split}, and no row {name}")
+        sets[name] = marked or own
     sets["train"] = [example for example in whole if example.split in ("", "train")]
     if sets["train"] and not sets["validation"]:
         sets["train"], sets["validation"] = stratified_split(
@@ -45,6 +49,5 @@ def read_files(options: Options, name: str, tasks: dict[str, str]) -> list[Examp
             columns = {task: tasks[task]}
         else:
             raise DataError(f"--{name} {given}: there is no task {task!r}, --task names {', '.join(tasks)}")
-        split = options.split if name == "train" else None
-        examples += read_examples(path, options.text, columns, split=split, source=source)
+        examples += read_examples(path, options.text, columns, split=options.split, source=source)
     return examples

@@ -144,12 +144,14 @@ class FreezePlan:
         a GPU an optimizer starts its kernels for each.
         """
         groups, rates = named_groups(model), self._learning_rates(model)
-        together: dict[tuple[float, float], list[nn.Parameter]] = {}
+        together: dict[tuple[float, float], dict[nn.Parameter, None]] = {}  # once, if two heads are one module
         for name in self.trained(model, epoch):
             for parameter in groups[name].parameters():
                 decay = self.weight_decay if parameter.ndim > 1 else 0.0  # none of biases and LayerNorms
-                together.setdefault((rates[name], decay), []).append(parameter)
-        return [{"params": some, "lr": lr, "weight_decay": decay} for (lr, decay), some in together.items()]
+                together.setdefault((rates[name], decay), {})[parameter] = None
+        return [
+            {"params": list(some), "lr": lr, "weight_decay": decay} for (lr, decay), some in together.items()
+        ]
 
     def frozen_depth(self, model: Headed, epoch: int = 0) -> int | None:
         """How many layers, from the bottom, are frozen on top of frozen embeddings; None: not even those."""
@@ -230,11 +232,23 @@ def _head(name: str, heads: Sequence[str]) -> str:
 def set_groups(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
     """Gives an optimizer these parameter groups in place of those it has.
 
-    A parameter that stays keeps its state (momentum); one that leaves loses it.
+    A parameter that stays keeps its state (momentum); one that leaves loses it. If they are those it has
+    already, nothing changes, not even the rates that one of torch's schedulers has given them.
     """
+    if len(groups) == len(optimizer.param_groups) and all(
+        _as_given(new).items() <= _as_given(old).items()
+        for new, old in zip(groups, optimizer.param_groups, strict=True)
+    ):
+        return
     optimizer.param_groups.clear()
     for group in groups:
         optimizer.add_param_group(dict(group))
     kept = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for parameter in [p for p in optimizer.state if id(p) not in kept]:
         del optimizer.state[parameter]
+
+
+def _as_given(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Whatever a scheduler has made of its learning rate."""
+    lr = group.get("initial_lr", group.get("lr"))
+    return {**group, "params": [id(parameter) for parameter in group["params"]], "lr": lr}

@@ -24,6 +24,8 @@ from heads.data import (
     read_examples,
     stratified_split,
 )
+from heads.options import read_options
+from heads.sets import read_sets
 from minibert import Tokenizer
 
 TASKS = {"type": "kind", "mood": "feeling"}
@@ -56,6 +58,28 @@ def test_lines_are_counted_in_the_file_not_in_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", 'text,kind\n"two\nlines",x\n\n"next, please",y\n')
     examples = read_examples(path, "text", {"type": "kind"})
     assert [(e.text, e.where[-6:]) for e in examples] == [("two\nlines", "line 2"), ("next, please", "line 5")]
+
+
+def test_other_columns_can_hold_anything(tmp_path: Path) -> None:
+    rows = '{"text": "a", "kind": "x", "score": 0.3, "tags": ["y"], "more": {"z": "\\ud800"}}\n'
+    (example,) = read_examples(write(tmp_path / "a.jsonl", rows), "text", {"type": "kind"}, split="split")
+    assert (example.text, example.labels) == ("a", {"type": "x"})
+    (example,) = read_examples(write(tmp_path / "a.CSV", "text,kind,,\na,x,,\n"), "text", {"type": "kind"})
+    assert (example.text, example.labels) == ("a", {"type": "x"})
+
+
+def test_rows_marked_for_another_set_are_not_used(tmp_path: Path) -> None:
+    rows = [f"text {i},{'xy'[i % 2]},{['train', 'validation', 'test', ''][i % 4]}\n" for i in range(8)]
+    path = write(tmp_path / "a.csv", "".join(["text,kind,split\n", *rows]))
+    options = ["--task", "type=kind", "--model", "m"]
+    for name, numbers in (("test", "2367"), ("validation", "1357")):
+        sets, _ = read_sets(read_options(["--eval-only", f"--{name}", str(path), *options]))
+        assert [example.text for example in sets[name]] == [f"text {i}" for i in numbers]
+    other = write(tmp_path / "b.csv", "text,kind,split\na,x,train\nb,y,train\n")
+    with pytest.raises(DataError, match=r"--test: .*b.csv, line 2 is marked train, and no row test"):
+        read_sets(read_options(["--train", str(other), "--test", str(other), *options]))
+    with pytest.raises(DataError, match=r"a.csv, line 4 is marked test, but --test is given too"):
+        read_sets(read_options(["--train", str(path), "--test", str(path), *options]))
 
 
 def test_labels_of_json_can_be_numbers(tmp_path: Path) -> None:

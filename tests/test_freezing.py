@@ -203,6 +203,29 @@ def test_optimizer_groups(model: MultiTaskModel, layer_lr_decay: float, weight_d
     assert whole[0]["lr"] == 0.5**3  # the embeddings, below three layers
 
 
+def test_a_head_under_two_names_is_trained_once(model: MultiTaskModel) -> None:
+    head = model.heads["type"]
+    twice = MultiTaskModel(model.encoder, {"type": head, "sentiment": head})
+    chosen = [p for group in FreezePlan("backbone").optimizer_groups(twice) for p in group["params"]]
+    assert sorted(map(id, chosen)) == sorted(map(id, head.parameters()))
+
+
+def test_a_scheduler_goes_on_until_something_is_thawed(model: MultiTaskModel) -> None:
+    plan = FreezePlan("gradual:3", lr=1.0, head_lr=8.0)
+    optimizer = torch.optim.AdamW(plan.optimizer_groups(model))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    rates = []
+    for epoch in range(4):
+        set_groups(optimizer, plan.optimizer_groups(model, epoch))
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        if epoch < 3:
+            scheduler.step()
+    assert rates == [[8.0, 8.0], [4.0, 4.0], [2.0, 2.0], [1.0, 1.0, 8.0, 8.0]]
+    set_groups(optimizer, FreezePlan("backbone", head_lr=3.0).optimizer_groups(model))
+    assert [group["lr"] for group in optimizer.param_groups] == [3.0, 3.0]
+
+
 def test_thawing_leaves_the_others_alone_and_freezing_forgets(model: MultiTaskModel) -> None:
     def use(spec: str) -> None:
         plan = FreezePlan.parse(spec, lr=1e-3)

@@ -127,6 +127,8 @@ def test_other_dtypes(small: Path, tmp_path: Path, dtype: torch.dtype) -> None:
         MultiTaskModel.from_pretrained(tmp_path),
         MultiTaskModel.from_pretrained(tmp_path, dtype=dtype),
     ):
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        assert model.predict(SENTENCES) == whole.predict(SENTENCES)
         for ours, theirs in zip(model.predict(SENTENCES), expected, strict=True):
             assert ours["type"]["probability"] == pytest.approx(theirs["type"]["probability"], abs=0.02)
 
@@ -138,6 +140,8 @@ def test_a_head_of_ones_own(small: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"head line is not an MLPHead: pass it as from_pretrained"):
         MultiTaskModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no head 'lime', it has: line"):
+        MultiTaskModel.from_pretrained(tmp_path, heads={"lime": nn.Linear(36, 4)})
     again = MultiTaskModel.from_pretrained(tmp_path, heads={"line": nn.Linear(36, 4)})
     assert again.predict(SENTENCES) == model.predict(SENTENCES)
 
@@ -147,6 +151,7 @@ def test_a_head_of_ones_own(small: Path, tmp_path: Path) -> None:
     [
         ({"heads": {"a.b": MLPHead(36, 5, 3)}}, "'a.b' cannot be the name of a task"),
         ({"heads": {"": MLPHead(36, 5, 3)}}, "'' cannot be the name of a task"),
+        ({"heads": {"training": MLPHead(36, 5, 3)}}, "'training' cannot be the name of a task"),
         ({"heads": {"a": MLPHead(37, 5, 3)}}, "head a takes 37 numbers, the encoder gives 36"),
         ({"labels": {"type": ["x", "y"]}}, "head type has 3 classes but 2 labels"),
         ({"labels": {"type": "xyz"}}, "the labels of type are 'xyz', they must be a list of different strings"),
