@@ -20,6 +20,7 @@ HAS_VARLEN = TORCH >= (2, 11) and torch.version.hip is None
 UNSPLIT: dict[str, Any] = {"num_splits": 1} if TORCH >= (2, 13) else {}
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 ALIGNMENT = 64  # bytes; the last bits of MKL's products depend on where in a cache line a row begins
+FEW_THREADS = 16  # up to which they do not change PyTorch's fused bfloat16 attention
 
 # Measured, see docs/performance.md:
 MKL_MULTIPLICATIONS = 64**3  # of a float32 product: up to here the fused attention, MKL's, is faster
@@ -174,7 +175,8 @@ def fuses_bfloat16(states: Tensor) -> bool:
 
     (With more threads the number of texts would change its bits.)
     """
-    return onednn.HAS_AMX and states.dtype == torch.bfloat16 and states.is_cpu and onednn.few_threads()
+    few_threads = torch.get_num_threads() <= FEW_THREADS
+    return onednn.HAS_AMX and states.dtype == torch.bfloat16 and states.is_cpu and few_threads
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:

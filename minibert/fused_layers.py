@@ -23,20 +23,28 @@ FUSED_ACTIVATIONS = ("gelu", "relu")  # those that oneDNN computes in the produc
 class FusedLinear:
     """Linears of one input as one product, and the activation after it.
 
-    (tokens, in) -> (tokens, sum of their outs), in `dtype` or the weights' own.
+    (tokens, in) -> (tokens, sum of their outs), in `dtype` or the weights' own; of some `inputs` and `outputs`
+    alone, if given.
     """
 
     def __init__(
-        self, *linears: nn.Linear, activation: str | None = None, dtype: torch.dtype | None = None
+        self,
+        *linears: nn.Linear,
+        activation: str | None = None,
+        dtype: torch.dtype | None = None,
+        inputs: slice = slice(None),
+        outputs: slice = slice(None),
     ) -> None:
-        weights = [linear.weight.detach().to(dtype) for linear in linears]
+        weights = [linear.weight[outputs, inputs].detach().to(dtype) for linear in linears]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)  # (out, in)
         self.dtype = weight.dtype
         self.activation = activation
         self.packed = onednn.packs_weights(weight)
         if self.packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight)
-        bias = torch.cat([linear.bias.detach() for linear in linears]).to(dtype)  # (out,)
+        bias = torch.cat([linear.bias[outputs].detach() for linear in linears]).to(dtype)  # (out,)
+        if inputs.start:
+            bias = torch.zeros_like(bias)  # it belongs to the first inputs
         # Parameters, since torch.compile takes the sizes of those alone as fixed.
         self.weight, self.bias = (nn.Parameter(each, requires_grad=False) for each in (weight, bias))
 
@@ -71,17 +79,34 @@ class FusedAttention:
 
 
 class FusedFeedForward:
-    """`FeedForward` with its activation in the first product, where oneDNN has it."""
+    """`FeedForward` with its activation in the first product, where oneDNN has it.
 
-    __call__ = FeedForward.forward
+    As the sum of several with a part of the inner numbers each, where long sums are slow.
+    """
 
     def __init__(self, feed_forward: FeedForward, hidden_act: str, dtype: torch.dtype | None) -> None:
+        up, down = feed_forward.up, feed_forward.down
         as_published = feed_forward.activation is ACTIVATIONS[hidden_act]
         fused = hidden_act if hidden_act in FUSED_ACTIVATIONS and as_published else None
-        self.up = FusedLinear(feed_forward.up, activation=fused, dtype=dtype)
+        size = onednn.block(up.out_features, dtype or up.weight.dtype)
+        parts = [slice(start, start + size) for start in range(0, up.out_features, size)]
+        self.ups = [FusedLinear(up, activation=fused, dtype=dtype, outputs=part) for part in parts]
         self.activation = _unchanged if fused else feed_forward.activation
-        self.down = FusedLinear(feed_forward.down, dtype=dtype)
+        self.downs = [FusedLinear(down, dtype=dtype, inputs=part) for part in parts]
         self.dropout = _lighter(feed_forward.dropout)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """(tokens, H) -> (tokens, H)."""
+        narrow = hidden.to(self.ups[0].dtype)  # once for all parts
+        first, *others = (
+            down(self.activation(up(narrow))) for up, down in zip(self.ups, self.downs, strict=True)
+        )
+        if others:
+            first = first.float()
+            for other in others:
+                first += other
+            first = first.to(hidden.dtype)
+        return self.dropout(first)
 
 
 def fuse(layer: EncoderLayer, hidden_act: str, dtype: torch.dtype | None) -> None:

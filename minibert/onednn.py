@@ -8,7 +8,7 @@ import platform
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -21,11 +21,13 @@ FEWEST_MULTIPLICATIONS = 16**3
 HAS_AMX = bool(torch.cpu._is_amx_tile_supported())  # Intel's matrix registers, for bfloat16
 
 # With AMX oneDNN sums a long row of a bfloat16 product in parts, and which ones depends on how many rows there
-# are and on the threads; not on the rows up to FEW_ROWS, while the threads are no more than FEW_THREADS. Of
-# MANY_ROWS those are used that turn out to be summed like FEW_ROWS.
+# are and on the threads; but not on the way to tanh, up to SHORT_SUM numbers. And tanh(x) is x where x is TINY:
+# so that is how FEW_ROWS are summed, and all others alike. Where a trial finds no way to do so with all rows at
+# once, some at a time are multiplied, as many of them (MANY_ROWS) as one shows to be summed alike.
 FEW_ROWS = 32
-FEW_THREADS = 16
 MANY_ROWS = (4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64)
+SHORT_SUM = 1024
+TINY = 2.0**-32  # tanh(x) == x up to 4e-4, which is 1.8 million times this
 
 
 def packs_weights(weight: Tensor) -> bool:
@@ -44,9 +46,10 @@ def packs_weights(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
-def few_threads() -> bool:
-    """Whether so few that they do not change how AMX sums few rows, nor PyTorch's fused bfloat16 attention."""
-    return torch.get_num_threads() <= FEW_THREADS
+def block(inputs: int, dtype: torch.dtype) -> int:
+    """Of how many of its inputs at a time a Linear is best computed."""
+    short = HAS_AMX and dtype == torch.bfloat16 and inputs % SHORT_SUM == 0
+    return SHORT_SUM if short else inputs
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
@@ -54,43 +57,51 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") ->
 
     A row's numbers do not depend on the others, nor on how many there are.
     """
-    rows = x.shape[0]  # len() of a tensor is written in Python
-    if not HAS_AMX or weight.dtype != torch.bfloat16 or (rows <= FEW_ROWS and few_threads()):
+    if not HAS_AMX or weight.dtype != torch.bfloat16:
         return _linear(x, weight, bias, activation)
-    if not few_threads():
-        x = F.pad(x, (0, 0, 0, -rows % FEW_ROWS))
-    pieces = x.split_with_sizes(_sizes(x.shape[0], weight, activation))
-    products = [_linear(piece, weight, bias, activation) for piece in pieces]
+    case = (activation, *weight.shape, torch.get_num_threads())
+    rows = x.shape[0]  # len() of a tensor is written in Python
+    if way := _way(rows, *case):
+        return _linear(x, weight, bias, way)
+    x = F.pad(x, (0, 0, 0, -rows % FEW_ROWS))
+    pieces = x.split_with_sizes(_sizes(x.shape[0], *case))
+    products = [_linear(piece, weight, bias, _way(piece.shape[0], *case) or activation) for piece in pieces]
     return (torch.cat(products) if len(products) > 1 else products[0])[:rows]
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, way: str) -> Tensor:
+    """By an activation, or "unsplit": none, on the way to tanh."""
+    if way == "unsplit":
+        return _linear(x * TINY, weight, bias * TINY, "tanh").mul_(1 / TINY)
     if x.shape[0] == 1:  # oneDNN sums a single row in another order than one of several
-        return _linear(x.expand(2, -1), weight, bias, activation)[:1]
+        return _linear(x.expand(2, -1), weight, bias, way)[:1]
     # The public torch.utils.mkldnn copies input and output, and cannot fuse the activation.
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, activation, [], "none")  # type: ignore[no-any-return]
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, way, [], "none")  # type: ignore[no-any-return]
 
 
-def _sizes(rows: int, weight: Tensor, activation: str) -> list[int]:
-    """`rows` as a sum of numbers of rows that are summed alike."""
+def _sizes(rows: int, *case: Any) -> list[int]:
+    """`rows`, so many times `FEW_ROWS`, as a sum of numbers of rows that are summed alike."""
     sizes = []
     for size in MANY_ROWS:
-        if size <= rows and _is_alike(size, *weight.shape, activation, torch.get_num_threads()):
+        if size <= rows and _way(size, *case):
             sizes += rows // size * [size]
             rows %= size
-    sizes += rows // FEW_ROWS * [FEW_ROWS]
-    return [*sizes, rest] if (rest := rows % FEW_ROWS) else sizes
+    return sizes + rows // FEW_ROWS * [FEW_ROWS]
 
 
 @cache
-def _is_alike(rows: int, outputs: int, inputs: int, activation: str, threads: int) -> bool:
-    """Whether so many rows are summed like `FEW_ROWS`. (Tried, but unlike speed it is the same every time.)"""
+def _way(rows: int, activation: str, outputs: int, inputs: int, threads: int) -> str | None:
+    """How so many rows are summed like `FEW_ROWS`, if at all. (Tried; unlike speed it is always the same.)"""
     row, weight, bias = _trial(outputs, inputs)
-    few, many = (_linear(row.repeat(n, 1), weight, bias, activation) for n in (FEW_ROWS, rows))
-    return bool(many.eq(few[:1]).all())
+    ways = (activation,) if activation != "none" else ("none", "unsplit")
+    few = _linear(row.repeat(FEW_ROWS, 1), weight, bias, ways[-1])
+    for way in ways:
+        if _linear(row.repeat(rows, 1), weight, bias, way).eq(few[:1]).all():
+            return way
+    return None
 
 
-@lru_cache(maxsize=1)
+@cache
 def _trial(outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
     """A row, a reordered weight and a bias. The terms of each sum cancel each other: what is left, about 1, is
     what the order makes of them.

@@ -140,37 +140,39 @@ def test_threads_that_want_different_libraries_take_turns() -> None:
 
 @pytest.mark.skipif(not packs_weights(torch.empty(0, dtype=torch.bfloat16)), reason="no bfloat16 here")
 @pytest.mark.parametrize(
-    ("has_amx", "threads", "rows", "expected"),
+    ("has_amx", "rows", "expected"),
     [
-        (True, 2, 225, [96, 96, 32, 1]),
-        (True, 17, 225, [96, 96, 64]),  # filled up to 256
-        (True, 2, 31, [31]),
-        (True, 17, 31, [32]),
-        (False, 17, 225, [225]),
+        (True, 96, [(96, "none")]),
+        (True, 225, [(96, "none"), (96, "none"), (64, "none")]),  # filled up to 256
+        (True, 31, [(32, "unsplit")]),
+        (True, 97, [(96, "none"), (32, "unsplit")]),
+        (True, 50, [(50, "unsplit")]),
+        (False, 225, [(225, "none")]),
     ],
 )
-def test_with_amx_many_rows_are_multiplied_in_pieces(
-    monkeypatch: pytest.MonkeyPatch, has_amx: bool, threads: int, rows: int, expected: list[int]
+def test_with_amx_rows_are_multiplied_so_that_they_are_summed_alike(
+    monkeypatch: pytest.MonkeyPatch, has_amx: bool, rows: int, expected: list[tuple[int, str]]
 ) -> None:
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(shape).bfloat16() for shape in ((rows, 37), (39, 37), (39,)))
     product, pieces = onednn._linear, []
 
     def spy(piece: torch.Tensor, *rest: Any) -> torch.Tensor:
-        pieces.append(len(piece))
-        return product(piece.expand(max(len(piece), 2), -1), *rest)[: len(piece)]
+        if rest[-1] != "tanh":  # which "unsplit" calls in its turn
+            pieces.append((len(piece), rest[-1]))
+        return product(piece, *rest)
 
+    ways = {96: "none", 64: "none", 50: "unsplit", 32: "unsplit"}
     monkeypatch.setattr(onednn, "_linear", spy)
-    monkeypatch.setattr(onednn, "_is_alike", lambda rows, *rest: rows in (96, 64))
+    monkeypatch.setattr(onednn, "_way", lambda rows, *case: ways.get(rows))
     monkeypatch.setattr(onednn, "HAS_AMX", has_amx)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     ours = onednn.linear(x, torch.ops.mkldnn._reorder_linear_weight(weight), bias)
     assert pieces == expected
     exact = F.linear(x.double(), weight.double(), bias.double())
     torch.testing.assert_close(ours.double(), exact, rtol=8e-3, atol=8e-3)
     pieces.clear()
     onednn.linear(x.float(), torch.ops.mkldnn._reorder_linear_weight(weight.float()), bias.float())
-    assert pieces == [rows]
+    assert pieces == [(rows, "none")]
 
 
 def test_where_the_products_are_rounded_nothing_is_switched(monkeypatch: pytest.MonkeyPatch) -> None:
