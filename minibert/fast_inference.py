@@ -9,6 +9,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,14 +37,15 @@ def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> BertModel:
 
     So it is when a Module or a hook is put in, or taken out. (What is written into a parameter's `.data` goes
     unnoticed, since torch keeps no record of it, and so does one activation function in place of another.)
-    Hooks inside it see packed states, (tokens, H); what has one in a layer is not fused, nor are adapters.
-    `dtype` is what the Linears compute in (the weights' own if None); all else stays as in the model.
+    Hooks inside it see packed states, (tokens, H); what has one in a layer is not fused, nor are adapters, and
+    both are shared. `dtype` is what the Linears compute in (the weights' own if None); all else stays as it is.
     """
     state = _identities(model), dtype
     with _LOCK:
         if model not in _COPIES or _COPIES[model][0] != state:
             _COPIES.pop(model, None)  # before its successor takes as much memory
-            _COPIES[model] = (state, new_fast_copy(model, dtype))
+            # With the parameters, so that no later one can have the identity of one of them.
+            _COPIES[model] = (state, new_fast_copy(model, dtype), list(model.parameters()))
         return _COPIES[model][1]
 
 
@@ -55,6 +57,8 @@ def _identities(model: BertModel) -> list[int]:
         if module is None:  # `model.pooler = None`
             continue
         state += (*module._forward_hooks, *module._forward_pre_hooks)  # the hooks' numbers
+        if "forward" in module.__dict__:  # somebody's own
+            state.append(id(module.forward))
         for parameter in module._parameters.values():
             if parameter is not None:  # an inference tensor has no version, and cannot change
                 version = 0 if parameter.is_inference() else parameter._version
@@ -63,8 +67,9 @@ def _identities(model: BertModel) -> list[int]:
     return [*state, *map(id, modules)]
 
 
+M = TypeVar("M", bound=nn.Module)
 _LOCK = threading.Lock()  # threads may encode at the same time
-_COPIES: WeakKeyDictionary[BertModel, tuple[object, BertModel]] = WeakKeyDictionary()
+_COPIES: WeakKeyDictionary[BertModel, tuple[object, BertModel, list[nn.Parameter]]] = WeakKeyDictionary()
 
 
 def _note_fused_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -81,17 +86,26 @@ register_optimizer_step_post_hook(_note_fused_step)
 def new_fast_copy(model: BertModel, dtype: torch.dtype | None = None, layers: int | None = None) -> BertModel:
     """A `fast_copy` that nobody else keeps; of the lowest `layers` only, if given."""
     keep_freed_memory()
-    fast = copy.deepcopy(model, memo={id(weight): weight for weight in model.parameters()}).eval()
+    fast = _twin(model)
+    fast.embeddings = _twin(model.embeddings)
     lighten(fast.embeddings, "token_type", "position", "norm", "dropout")
     called = []
-    for layer in fast.layers[:layers]:
-        used = list(layer.parameters())
+    for layer in list(model.layers)[:layers]:
         if isinstance(layer, EncoderLayer):
+            used = list(layer.parameters())
+            layer = _twin(layer)
             fuse(layer, model.config.hidden_act, dtype)
-        release_memory(used)
+            release_memory(used)
         called.append(layer if has_hook(layer) else layer.forward)
     replace(fast, "layers", called)
     return fast
+
+
+def _twin(module: M) -> M:
+    """A module with the same parts, of which some can be replaced in it alone."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
 
 
 def run_texts(

@@ -159,7 +159,7 @@ def _are_linear(*modules: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
-    return type(module) is kind and not has_hook(module)
+    return type(module) is kind and not has_hook(module) and "forward" not in module.__dict__
 
 
 def has_hook(module: nn.Module) -> bool:

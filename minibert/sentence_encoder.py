@@ -210,7 +210,11 @@ class SentenceEncoder(nn.Module):
                 f"that is a multiple of 8 up to 256 (it is {head_size}): leave it out"
             )
         embeddings = self._empty(len(ids)).zero_()  # a text without any token stays zero
-        with torch.inference_mode(), onednn_products() if embeddings.is_cpu else nullcontext():
+        with (
+            evaluating(self.model) if self.model.training else nullcontext(),
+            torch.inference_mode(),
+            onednn_products() if embeddings.is_cpu else nullcontext(),
+        ):
             for batch, packing, hidden in run_texts(fast, ids, batch_size, compiled=self.compiled):
                 pool = packing.mean if self.pooling == "mean" else packing.first
                 embeddings.index_copy_(0, send(np.array(batch), embeddings.device), pool(hidden))

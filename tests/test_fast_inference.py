@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from heads.data import DEMO
 from minibert import (
@@ -434,6 +435,20 @@ def changes() -> Iterator[tuple[str, object]]:
         weight = model.get_parameter("layers.0.attention.value.weight")
         weight.data = weight.data * 1.5
 
+    def new_parameters(model: BertModel) -> None:
+        value = model.layers[0].attention.value  # type: ignore[union-attr]
+        for seed in range(3):  # the last of which may lie where the first did
+            torch.manual_seed(seed)
+            value.weight = nn.Parameter(torch.randn(36, 36))  # type: ignore[union-attr]
+
+    def pruned(model: BertModel) -> None:
+        prune.l1_unstructured(model.get_submodule("layers.1.feed_forward.up"), "weight", amount=0.5)  # type: ignore[no-untyped-call]
+
+    def other_forward(model: BertModel) -> None:
+        value = model.get_submodule("layers.0.attention.value")
+        forward = value.forward
+        value.forward = lambda x: 2 * forward(x)
+
     def new_module(model: BertModel) -> None:
         model.layers[0].attention.value = nn.Linear(36, 36)  # type: ignore[union-attr]
 
@@ -472,7 +487,8 @@ def changes() -> Iterator[tuple[str, object]]:
     yield from {"no bias": no_bias, "activation": activation, "norm": norm, "other norm": other_norm}.items()
     yield from {"in place": in_place, "step": a_step, "fused step": a_fused_step, "data": new_data}.items()
     yield from {"module": new_module, "adapter": adapter, "layer": other_layer}.items()
-    yield from {"activation alone": activation_alone}.items()
+    yield from {"activation alone": activation_alone, "parameters": new_parameters, "pruned": pruned}.items()
+    yield from {"other forward": other_forward}.items()
 
 
 def two_layers(minilm: Path) -> SentenceEncoder:
@@ -493,6 +509,52 @@ def test_changed_weights_are_seen(minilm: Path, change: object) -> None:
     after = encoder.encode(texts, convert_to_tensor=True)
     assert relative(after, before) > 1e-3
     assert relative(after, reference(encoder, texts)) < 1e-6
+
+
+class Scaled(nn.Module):
+    """An adapter."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.scale = 2.0
+        self.dropout = nn.Dropout(0.5)
+        self.register_buffer("shift", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.dropout(self.inner(x)) + self.shift  # type: ignore[no-any-return]
+
+
+def test_what_an_adapter_keeps_counts(minilm: Path) -> None:
+    encoder, texts = two_layers(minilm), ["one text", "and another one"]
+    attention = encoder.model.get_submodule("layers.1.attention")
+    adapter = Scaled(attention.get_submodule("value"))
+    attention.value = adapter
+    encoder.train()  # which encode is not
+    seen = []
+    for adapter.scale, shift in ((2.0, 1.0), (0.5, 1.0), (0.5, 3.0)):
+        adapter.get_buffer("shift").fill_(shift)
+        seen.append(encoder.encode(texts, convert_to_tensor=True))
+        assert all(module.training for module in encoder.modules())
+    encoder.eval()
+    assert relative(seen[-1], reference(encoder, texts)) < 1e-6
+    assert relative(seen[0], seen[1]) > 1e-3
+    assert relative(seen[1], seen[2]) > 1e-3
+
+
+def test_hooks_are_the_very_functions_they_were(minilm: Path) -> None:
+    class Recorder:
+        def __init__(self) -> None:
+            self.shapes: list[tuple[int, ...]] = []
+
+        def note(self, _: nn.Module, inputs: tuple[Tensor, ...], __: object) -> None:
+            self.shapes.append(tuple(inputs[0].shape))
+
+    encoder, method, bound = two_layers(minilm), Recorder(), Recorder()
+    encoder.model.layers[0].register_forward_hook(method.note)
+    encoder.model.layers[1].register_forward_hook(partial(Recorder.note, bound))
+    encoder.encode("one text")
+    assert method.shapes == bound.shapes == [(4, 36)]
 
 
 PARTS = """embeddings embeddings.position embeddings.norm layers.1 layers.0.attention layers.1.attention.key
