@@ -135,7 +135,8 @@ def merge(output: Path) -> int:
     Returns how many there were; they are left where they are.
 
     Raises:
-        ValueError: a shard is missing or unfinished, damaged, or does not belong to the others.
+        ValueError: a shard is missing or unfinished, damaged, or does not belong to the others; another
+            process is at it.
     """
     shards = {}
     for file in sorted(output.parent.glob(f"{glob.escape(output.stem)}-*-of-*{output.suffix}")):
@@ -154,11 +155,12 @@ def merge(output: Path) -> int:
         start, stop = shard.rows(lines)
         _check_whole(shards[shard], task | {"start": start, "stop": stop, "done": stop - start})
     part = Path(f"{output}.merging")
-    _create(part, lines, width)
-    for shard in wanted:
-        _write(part, shard.rows(lines)[0], np.load(shards[shard], mmap_mode="r"))
-    _write_record(part, task | {"start": 0, "stop": lines, "done": lines})
-    _publish(part, output)
+    with _alone(part):
+        _create(part, lines, width)
+        for shard in wanted:
+            _write(part, shard.rows(lines)[0], np.load(shards[shard], mmap_mode="r"))
+        _write_record(part, task | {"start": 0, "stop": lines, "done": lines})
+        _publish(part, output)
     return len(wanted)
 
 
@@ -197,7 +199,9 @@ def _alone(part: Path) -> Iterator[None]:
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process is killed
-        except BlockingIOError:
+                if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                    raise BlockingIOError  # it was another's, who has removed it, and there is a new one
+        except (BlockingIOError, FileNotFoundError):
             raise ValueError(f"{part} is being written by another process: wait for it or stop it") from None
         try:
             yield

@@ -17,7 +17,7 @@ from minibert.fast_dropout import FastDropout
 from minibert.layers import ACTIVATIONS, EncoderLayer, FeedForward
 
 M = TypeVar("M", bound=nn.Module)
-FUSED_ACTIVATIONS = ("gelu", "relu")  # those that oneDNN computes in the product, under its own names
+FUSED_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "swish"}  # that oneDNN computes in the product
 
 
 class FusedLinear:
@@ -54,7 +54,8 @@ class FusedLinear:
         if not self.packed:
             product = F.linear(x, self.weight, self.bias)
             return ACTIVATIONS[self.activation](product) if self.activation else product
-        return onednn.linear(x, self.weight, self.bias, self.activation or "none")
+        fused = FUSED_ACTIVATIONS[self.activation] if self.activation else "none"
+        return onednn.linear(x, self.weight, self.bias, fused)
 
 
 class FusedAttention:

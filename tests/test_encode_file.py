@@ -289,6 +289,32 @@ def test_two_processes_do_not_write_one_file(
         assert encode(small, text) == 2
         assert "out.npy.part is being written by another process" in capsys.readouterr().err
     assert encode(small, text) == 0
+    assert encode(small, text, "--shard", "1/1") == 0
+    with text.with_name("out.npy.merging.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert main(["merge", str(text.with_name("out.npy"))]) == 2
+        assert "out.npy.merging is being written by another process" in capsys.readouterr().err
+
+
+def test_a_lock_of_a_file_that_is_gone_locks_nothing(
+    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another process removes its lock file, and a third makes a new one, between our opening and locking it."""
+    import fcntl
+
+    lock, flock = text.with_name("out.npy.part.lock"), fcntl.flock
+
+    def late(*arguments: Any) -> None:
+        lock.unlink()
+        if third.pop():
+            lock.write_bytes(b"")
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    third = [True, False]
+    while third:
+        assert encode(small, text) == 2
+        assert "out.npy.part is being written by another process" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------- shards

@@ -123,7 +123,10 @@ def test_every_kind_of_model_agrees_with_the_reference(minilm: Path, hidden_act:
     tokenizer = Tokenizer(Tokenizer.from_pretrained(minilm).backend, token_types=config.type_vocab_size > 0)
     encoder = SentenceEncoder(model, tokenizer, pooling=pooling)
     texts = [text(words, words) for words in range(30)]
-    assert relative(encoder.encode(texts, convert_to_tensor=True), reference(encoder, texts)) < 1e-6
+    embeddings = encoder.encode(texts, convert_to_tensor=True)
+    assert relative(embeddings, reference(encoder, texts)) < 1e-6
+    if packs_weights(torch.zeros(1)):
+        assert torch.equal(embeddings, torch.stack([encoder.encode(t, convert_to_tensor=True) for t in texts]))
 
 
 @pytest.mark.parametrize("encoder", ["odd"], indirect=True)
