@@ -39,6 +39,7 @@ class FusedLinear:
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)  # (out, in)
         self.dtype = weight.dtype
         self.activation = activation
+        self.fused = FUSED_ACTIVATIONS[activation] if activation else "none"
         self.packed = onednn.packs_weights(weight)
         if self.packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight)
@@ -54,8 +55,7 @@ class FusedLinear:
         if not self.packed:
             product = F.linear(x, self.weight, self.bias)
             return ACTIVATIONS[self.activation](product) if self.activation else product
-        fused = FUSED_ACTIVATIONS[self.activation] if self.activation else "none"
-        return onednn.linear(x, self.weight, self.bias, fused)
+        return onednn.linear(x, self.weight, self.bias, self.fused)
 
 
 class FusedAttention:
@@ -80,34 +80,44 @@ class FusedAttention:
 
 
 class FusedFeedForward:
-    """`FeedForward` with its activation in the first product, where oneDNN has it.
+    """`FeedForward` with its activation in the first product, where oneDNN has it; or a `part` of it.
 
-    As the sum of several with a part of the inner numbers each, where long sums are slow.
+    A part has some of the inner numbers.
     """
 
-    def __init__(self, feed_forward: FeedForward, hidden_act: str, dtype: torch.dtype | None) -> None:
-        up, down = feed_forward.up, feed_forward.down
+    __call__ = FeedForward.forward
+
+    def __init__(
+        self, feed_forward: FeedForward, hidden_act: str, dtype: torch.dtype | None, part: slice = slice(None)
+    ) -> None:
         as_published = feed_forward.activation is ACTIVATIONS[hidden_act]
         fused = hidden_act if hidden_act in FUSED_ACTIVATIONS and as_published else None
-        size = onednn.block(up.out_features, dtype or up.weight.dtype)
-        parts = [slice(start, start + size) for start in range(0, up.out_features, size)]
-        self.ups = [FusedLinear(up, activation=fused, dtype=dtype, outputs=part) for part in parts]
+        self.up = FusedLinear(feed_forward.up, activation=fused, dtype=dtype, outputs=part)
         self.activation = _unchanged if fused else feed_forward.activation
-        self.downs = [FusedLinear(down, dtype=dtype, inputs=part) for part in parts]
+        self.down = FusedLinear(feed_forward.down, dtype=dtype, inputs=part)
         self.dropout = _lighter(feed_forward.dropout)
+
+
+class FeedForwardInParts:
+    """A feed-forward as the sum of its parts, each of `size` inner numbers. Without dropout."""
+
+    def __init__(
+        self, feed_forward: FeedForward, hidden_act: str, dtype: torch.dtype | None, size: int
+    ) -> None:
+        starts = range(0, feed_forward.up.out_features, size)
+        parts = [slice(start, start + size) for start in starts]
+        self.dtype = dtype or feed_forward.up.weight.dtype
+        self.parts: list[Callable[[Tensor], Tensor]] = [
+            FusedFeedForward(feed_forward, hidden_act, dtype, part) for part in parts
+        ]
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """(tokens, H) -> (tokens, H)."""
-        narrow = hidden.to(self.ups[0].dtype)  # once for all parts
-        first, *others = (
-            down(self.activation(up(narrow))) for up, down in zip(self.ups, self.downs, strict=True)
-        )
-        if others:
-            first = first.float()
-            for other in others:
-                first += other
-            first = first.to(hidden.dtype)
-        return self.dropout(first)
+        narrow = hidden.to(self.dtype)  # once for all parts
+        total = self.parts[0](narrow).float()
+        for part in self.parts[1:]:
+            total += part(narrow)
+        return total.to(hidden.dtype)
 
 
 def fuse(layer: EncoderLayer, hidden_act: str, dtype: torch.dtype | None) -> None:
@@ -118,7 +128,12 @@ def fuse(layer: EncoderLayer, hidden_act: str, dtype: torch.dtype | None) -> Non
     ):
         replace(layer, "attention", FusedAttention(attention, dtype))
     if _is_plain(feed_forward, FeedForward) and _are_linear(feed_forward.up, feed_forward.down):
-        replace(layer, "feed_forward", FusedFeedForward(feed_forward, hidden_act, dtype))
+        width = feed_forward.up.out_features
+        size = onednn.block(width, dtype or feed_forward.up.weight.dtype)
+        if size < width and not isinstance(_lighter(feed_forward.dropout), nn.Module):
+            replace(layer, "feed_forward", FeedForwardInParts(feed_forward, hidden_act, dtype, size))
+        else:
+            replace(layer, "feed_forward", FusedFeedForward(feed_forward, hidden_act, dtype))
     lighten(layer, "attention_norm", "feed_forward_norm")
 
 
