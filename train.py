@@ -132,8 +132,9 @@ def train(
     with catching_interrupts() as caught:
         for epoch in range(progress.epoch, len(epochs)):
             plan.apply(model, epoch)
-            set_groups(optimizer, parameter_groups(plan, step, epoch))
-            rates = [group["lr"] for group in optimizer.param_groups]
+            groups = parameter_groups(plan, step, epoch)
+            set_groups(optimizer, groups)
+            rates = [group["lr"] for group in groups]
             trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
             cache_features(options, model, sets, epochs, depths, epoch, processes)
             parallel = processes.parallel(step)

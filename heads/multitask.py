@@ -188,11 +188,10 @@ class MultiTaskModel(nn.Module):
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{directory / SETTINGS}: {error}") from error
         try:
-            tensors = {
-                key: tensor.to(dtype if tensor.is_floating_point() else None, copy=True)
-                for key, tensor in read_file(directory / TENSORS).items()
-            }
-            model.heads.load_state_dict(tensors, assign=True)
+            tensors = read_file(directory / TENSORS)
+            for key, parameter in model.heads.named_parameters():
+                parameter.data = parameter.data.to(dtype or tensors.get(key, parameter).dtype)
+            model.heads.load_state_dict(tensors)
         except RuntimeError as error:
             raise CheckpointError(
                 f"{directory / TENSORS} does not fit {SETTINGS}: {' '.join(str(error).split())}"

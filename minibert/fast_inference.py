@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from minibert.attention import AttentionFunction
 from minibert.config import BertConfig
 from minibert.fast_attention import varlen_attention
-from minibert.fused_layers import fuse, has_hook, lighten, replace
+from minibert.fused_layers import fuse, has_hook, is_plain, lighten, replace
 from minibert.layers import EncoderLayer
 from minibert.memory import keep_freed_memory
 from minibert.model import BertModel
@@ -38,7 +38,8 @@ def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> BertModel:
     So it is when a Module or a hook is put in, or taken out. (What is written into a parameter's `.data` goes
     unnoticed, since torch keeps no record of it, and so does one activation function in place of another.)
     Hooks inside it see packed states, (tokens, H); what has one in a layer is not fused, nor are adapters, and
-    both are shared. `dtype` is what the Linears compute in (the weights' own if None); all else stays as it is.
+    both are shared: then `training` is true, and whoever runs it sets the model's mode. `dtype` is what the
+    Linears compute in (the weights' own if None); all else stays as it is.
     """
     state = _identities(model), dtype
     with _LOCK:
@@ -87,6 +88,7 @@ def new_fast_copy(model: BertModel, dtype: torch.dtype | None = None, layers: in
     """A `fast_copy` that nobody else keeps; of the lowest `layers` only, if given."""
     keep_freed_memory()
     fast = _twin(model)
+    fast.__dict__.pop("forward", None)  # somebody's own; it would keep the model alive
     fast.embeddings = _twin(model.embeddings)
     lighten(fast.embeddings, "token_type", "position", "norm", "dropout")
     called = []
@@ -98,13 +100,16 @@ def new_fast_copy(model: BertModel, dtype: torch.dtype | None = None, layers: in
             release_memory(used)
         called.append(layer if has_hook(layer) else layer.forward)
     replace(fast, "layers", called)
+    fast.training = not all(map(is_plain, model.modules()))
     return fast
 
 
 def _twin(module: M) -> M:
     """A module with the same parts, of which some can be replaced in it alone."""
     twin = copy.copy(module)
-    twin._modules = dict(module._modules)
+    for name, value in module.__dict__.items():
+        if isinstance(value, dict):  # of parts, parameters, hooks
+            twin.__dict__[name] = value.copy()
     return twin
 
 

@@ -140,8 +140,8 @@ class FreezePlan:
     def optimizer_groups(self, model: Headed, epoch: int = 0) -> list[dict[str, Any]]:
         """Parameter groups for a torch optimizer: what is trained, and nothing else.
 
-        Two for each learning rate, of matrices with weight decay and of vectors without. Few groups, since on
-        a GPU an optimizer starts its kernels for each.
+        Two for each learning rate (`plan_lr`, whatever a scheduler makes of `lr`), of matrices with weight
+        decay and of vectors without. Few groups, since on a GPU an optimizer starts its kernels for each.
         """
         groups, rates = named_groups(model), self._learning_rates(model)
         together: dict[tuple[float, float], dict[nn.Parameter, None]] = {}  # once, if two heads are one module
@@ -150,7 +150,8 @@ class FreezePlan:
                 decay = self.weight_decay if parameter.ndim > 1 else 0.0  # none of biases and LayerNorms
                 together.setdefault((rates[name], decay), {})[parameter] = None
         return [
-            {"params": list(some), "lr": lr, "weight_decay": decay} for (lr, decay), some in together.items()
+            {"params": list(some), "lr": lr, "weight_decay": decay, "plan_lr": lr}
+            for (lr, decay), some in together.items()
         ]
 
     def frozen_depth(self, model: Headed, epoch: int = 0) -> int | None:
@@ -249,6 +250,5 @@ def set_groups(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, A
 
 
 def _as_given(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Whatever a scheduler has made of its learning rate."""
-    lr = group.get("initial_lr", group.get("lr"))
-    return {**group, "params": [id(parameter) for parameter in group["params"]], "lr": lr}
+    """Without its learning rate, of which a scheduler may have made another."""
+    return {**group, "params": [id(parameter) for parameter in group["params"]], "lr": None}

@@ -13,11 +13,18 @@ from torch import Tensor, nn
 
 from minibert import onednn
 from minibert.attention import SelfAttention
+from minibert.embeddings import Embeddings
 from minibert.fast_dropout import FastDropout
-from minibert.layers import ACTIVATIONS, EncoderLayer, FeedForward
+from minibert.layers import ACTIVATIONS, EncoderLayer, FeedForward, Pooler
+from minibert.model import BertModel
 
 M = TypeVar("M", bound=nn.Module)
 FUSED_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "swish"}  # that oneDNN computes in the product
+
+KINDS = (
+    *(BertModel, Embeddings, EncoderLayer, SelfAttention, FeedForward, Pooler, FastDropout),
+    *(nn.ModuleList, nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout),
+)
 
 
 class FusedLinear:
@@ -128,9 +135,14 @@ def fuse(layer: EncoderLayer, hidden_act: str, dtype: torch.dtype | None) -> Non
     ):
         replace(layer, "attention", FusedAttention(attention, dtype))
     if _is_plain(feed_forward, FeedForward) and _are_linear(feed_forward.up, feed_forward.down):
-        width = feed_forward.up.out_features
-        size = onednn.block(width, dtype or feed_forward.up.weight.dtype)
-        if size < width and not isinstance(_lighter(feed_forward.dropout), nn.Module):
+        down = feed_forward.down
+        size = onednn.block(down.weight, dtype or down.weight.dtype)
+        as_published = feed_forward.activation is ACTIVATIONS[hidden_act]  # so each number by itself
+        if (
+            size < down.in_features
+            and as_published
+            and not isinstance(_lighter(feed_forward.dropout), nn.Module)
+        ):
             replace(layer, "feed_forward", FeedForwardInParts(feed_forward, hidden_act, dtype, size))
         else:
             replace(layer, "feed_forward", FusedFeedForward(feed_forward, hidden_act, dtype))
@@ -172,6 +184,11 @@ def replace(module: nn.Module, name: str, by: object) -> None:
 def _are_linear(*modules: nn.Module) -> bool:
     """False for what somebody put in a Linear's place, such as an adapter: it is called, not fused."""
     return all(_is_plain(module, nn.Linear) and module.bias is not None for module in modules)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether it is one of those that a model is made of, and nobody has changed what it does."""
+    return any(_is_plain(module, kind) for kind in KINDS)
 
 
 def _is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:

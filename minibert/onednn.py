@@ -46,9 +46,10 @@ def packs_weights(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
-def block(inputs: int, dtype: torch.dtype) -> int:
-    """Of how many of its inputs at a time a Linear is best computed."""
-    short = HAS_AMX and dtype == torch.bfloat16 and inputs % SHORT_SUM == 0
+def block(weight: Tensor, dtype: torch.dtype) -> int:
+    """Of how many of its inputs at a time a Linear (out, in) is best computed in `dtype`."""
+    inputs = weight.shape[1]
+    short = HAS_AMX and weight.is_cpu and dtype == torch.bfloat16 and inputs % SHORT_SUM == 0
     return SHORT_SUM if short else inputs
 
 

@@ -211,8 +211,7 @@ class SentenceEncoder(nn.Module):
             )
         embeddings = self._empty(len(ids)).zero_()  # a text without any token stays zero
         with (
-            evaluating(self.model) if self.model.training else nullcontext(),
-            torch.inference_mode(),
+            evaluating(self.model) if fast.training else torch.inference_mode(),
             onednn_products() if embeddings.is_cpu else nullcontext(),
         ):
             for batch, packing, hidden in run_texts(fast, ids, batch_size, compiled=self.compiled):

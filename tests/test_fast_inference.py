@@ -538,6 +538,9 @@ def test_what_an_adapter_keeps_counts(minilm: Path) -> None:
         assert all(module.training for module in encoder.modules())
     encoder.eval()
     assert relative(seen[-1], reference(encoder, texts)) < 1e-6
+    adapter.train()  # as one that was put into a loaded model
+    assert torch.equal(encoder.encode(texts, convert_to_tensor=True), seen[-1])
+    assert adapter.training
     assert relative(seen[0], seen[1]) > 1e-3
     assert relative(seen[1], seen[2]) > 1e-3
 

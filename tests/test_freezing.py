@@ -222,8 +222,20 @@ def test_a_scheduler_goes_on_until_something_is_thawed(model: MultiTaskModel) ->
         if epoch < 3:
             scheduler.step()
     assert rates == [[8.0, 8.0], [4.0, 4.0], [2.0, 2.0], [1.0, 1.0, 8.0, 8.0]]
-    set_groups(optimizer, FreezePlan("backbone", head_lr=3.0).optimizer_groups(model))
-    assert [group["lr"] for group in optimizer.param_groups] == [3.0, 3.0]
+    set_groups(optimizer, FreezePlan("gradual:3", lr=1.0, head_lr=3.0).optimizer_groups(model, 3))
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 1.0, 3.0, 3.0]
+
+
+def test_a_scheduler_that_sets_rates_of_its_own_goes_on(model: MultiTaskModel) -> None:
+    plan = FreezePlan("layers:1")
+    optimizer = torch.optim.AdamW(plan.optimizer_groups(model))
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=5)
+    for epoch in range(4):
+        rates = [group["lr"] for group in optimizer.param_groups]
+        set_groups(optimizer, plan.optimizer_groups(model, epoch))
+        assert [group["lr"] for group in optimizer.param_groups] == rates
+        optimizer.step()
+        scheduler.step()
 
 
 def test_thawing_leaves_the_others_alone_and_freezing_forgets(model: MultiTaskModel) -> None:

@@ -133,6 +133,24 @@ def test_other_dtypes(small: Path, tmp_path: Path, dtype: torch.dtype) -> None:
             assert ours["type"]["probability"] == pytest.approx(theirs["type"]["probability"], abs=0.02)
 
 
+def test_what_a_head_ties_stays_tied(small: Path, tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(36, 36), nn.Linear(36, 36)
+            self.second.weight = self.first.weight
+
+        def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(embeddings))  # type: ignore[no-any-return]
+
+    model = MultiTaskModel(BertModel.from_pretrained(small), {"tied": Tied()}).double()
+    model.save_pretrained(tmp_path)
+    head = Tied()
+    MultiTaskModel.from_pretrained(tmp_path, heads={"tied": head})
+    assert head.first.weight is head.second.weight
+    assert torch.equal(head.first.weight, model.heads["tied"].get_parameter("first.weight"))
+
+
 def test_a_head_of_ones_own(small: Path, tmp_path: Path) -> None:
     model = build(small, labels=None)
     model = MultiTaskModel(model.encoder, {"line": nn.Linear(36, 4)}, tokenizer=model.tokenizer).eval()
