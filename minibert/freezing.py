@@ -250,5 +250,6 @@ def set_groups(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, A
 
 
 def _as_given(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Without its learning rate, of which a scheduler may have made another."""
-    return {**group, "params": [id(parameter) for parameter in group["params"]], "lr": None}
+    """With the learning rate of its plan, of which a scheduler may have made another."""
+    lr = group.get("plan_lr", group.get("lr"))
+    return {**group, "params": [id(parameter) for parameter in group["params"]], "lr": lr}

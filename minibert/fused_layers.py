@@ -19,7 +19,7 @@ from minibert.layers import ACTIVATIONS, EncoderLayer, FeedForward, Pooler
 from minibert.model import BertModel
 
 M = TypeVar("M", bound=nn.Module)
-FUSED_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "swish"}  # that oneDNN computes in the product
+FUSED_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "swish"}  # in oneDNN's product, by its names
 
 KINDS = (
     *(BertModel, Embeddings, EncoderLayer, SelfAttention, FeedForward, Pooler, FastDropout),
@@ -188,7 +188,7 @@ def _are_linear(*modules: nn.Module) -> bool:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether it is one of those that a model is made of, and nobody has changed what it does."""
-    return any(_is_plain(module, kind) for kind in KINDS)
+    return type(module) in KINDS and _is_plain(module, type(module))
 
 
 def _is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:

@@ -224,6 +224,10 @@ def test_a_scheduler_goes_on_until_something_is_thawed(model: MultiTaskModel) ->
     assert rates == [[8.0, 8.0], [4.0, 4.0], [2.0, 2.0], [1.0, 1.0, 8.0, 8.0]]
     set_groups(optimizer, FreezePlan("gradual:3", lr=1.0, head_lr=3.0).optimizer_groups(model, 3))
     assert [group["lr"] for group in optimizer.param_groups] == [1.0, 1.0, 3.0, 3.0]
+    own = list(model.heads.parameters())
+    for lr in (1.0, 2.0):
+        set_groups(optimizer, [{"params": own, "lr": lr}])
+        assert [group["lr"] for group in optimizer.param_groups] == [lr]
 
 
 def test_a_scheduler_that_sets_rates_of_its_own_goes_on(model: MultiTaskModel) -> None:
