@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -129,6 +130,11 @@ def train(
         tensors = collect(step, optimizer, processes)
         processes.from_first(lambda: run.save("last", model, progress, tensors))
 
+    def stop_if_interrupted() -> None:
+        if any(processes.totals([float(len(caught))])):  # in any process
+            save()
+            raise KeyboardInterrupt
+
     with catching_interrupts() as caught:
         for epoch in range(progress.epoch, len(epochs)):
             plan.apply(model, epoch)
@@ -136,7 +142,7 @@ def train(
             set_groups(optimizer, groups)
             rates = [group["lr"] for group in groups]
             trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
-            cache_features(options, model, sets, epochs, depths, epoch, processes)
+            cache_features(options, model, sets, epochs, depths, epoch, processes, stop_if_interrupted)
             parallel = processes.parallel(step)
             model.train()
             loader = DataLoader(
@@ -146,7 +152,7 @@ def train(
                 generator=torch.Generator(),  # the loader draws a number, which must not be one of dropout's
             )
             title = f"epoch {epoch + 1}/{len(epochs)}"
-            bar = Bar(title, len(epochs[epoch]), progress.batch, hidden=not processes.is_first)
+            bar = Bar(title, "step", len(epochs[epoch]), progress.batch, hidden=not processes.is_first)
             for batch in loader:
                 counts = {task: float((batch[f"labels.{task}"] != MISSING).sum()) for task in model.heads}
                 factor = rate_factor(options, progress.step, total)
@@ -179,7 +185,8 @@ def train(
                     progress.count(task, means[task] * counts[task], hit, counts[task])
                 if processes.is_first:
                     run.log({**record, "losses": means})
-                bar.advance(sum(means.values()), int(batch["attention_mask"].sum()))
+                bar.note(sum(means.values()), int(batch["attention_mask"].sum()))
+                bar.advance()
                 interrupted = sums[-1] > 0  # in any process
                 if interrupted or (options.save_every and progress.step % options.save_every == 0):
                     save()
@@ -253,6 +260,7 @@ def cache_features(
     depths: list[int | None],
     epoch: int,
     processes: Processes,
+    after_batch: Callable[[], None],
 ) -> None:
     """Computes once what frozen layers give, if they stay frozen for several epochs and memory allows."""
     train, validation = sets["train"], sets["validation"]
@@ -267,7 +275,11 @@ def cache_features(
     if needed <= options.feature_cache_mb * 1e6:
         with evaluating(model), processes.autocast():
             batches = {train: epochs[depths.index(depth)], validation: evaluation_batches(validation)}
-            fill(model, batches, depth)
+            bar = Bar("frozen layers", "sentence", len(train) + len(validation), hidden=not processes.is_first)
+            for sentences in fill(model, batches, depth):
+                bar.advance(sentences)
+                after_batch()
+            bar.close()
 
 
 def check_finite(name: str, value: float, record: dict[str, Any]) -> None:

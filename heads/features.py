@@ -50,8 +50,12 @@ def size_in_bytes(model: MultiTaskModel, dataset: SentenceDataset, depth: int) -
 
 
 @torch.no_grad()
-def fill(model: MultiTaskModel, sets: Mapping[SentenceDataset, Sequence[Sequence[int]]], depth: int) -> None:
+def fill(
+    model: MultiTaskModel, sets: Mapping[SentenceDataset, Sequence[Sequence[int]]], depth: int
+) -> Iterator[int]:
     """Computes the features of every sentence in `sets`, dataset -> batches of its sentences.
+
+    Yields after each batch how many sentences it had; a dataset has its features when all of them are there.
 
     They are computed in these batches, those in none of them last. Given the batches of the first epoch,
     that epoch's numbers are those of an uncached run, bit for bit; in later epochs, whose batches are
@@ -62,31 +66,34 @@ def fill(model: MultiTaskModel, sets: Mapping[SentenceDataset, Sequence[Sequence
     fast = _fast_encoder(model.encoder, depth) if model.encoder.attention == "packed" else None
     for dataset, batches in sets.items():
         dataset.forget_features()
-        features = dict(_packed(fast, dataset, pooled) if fast else _padded(model, dataset, batches, depth))
+        features: dict[int, Tensor] = {}
+        for some in _packed(fast, dataset, pooled) if fast else _padded(model, dataset, batches, depth):
+            features |= some
+            yield len(some)
         dataset.features, dataset.depth = [features[i] for i in range(len(dataset))], depth
 
 
 def _padded(
     model: MultiTaskModel, dataset: SentenceDataset, batches: Sequence[Sequence[int]], depth: int
-) -> Iterator[tuple[int, Tensor]]:
+) -> Iterator[dict[int, Tensor]]:
     device = model.encoder.embeddings.word.weight.device
     rest = sorted(set(range(len(dataset))).difference(*batches), key=lambda i: len(dataset.ids[i]))
     for batch in [*batches, *(rest[i : i + 32] for i in range(0, len(rest), 32))]:
         inputs = dataset.collate(batch)
         hidden = lower(model, inputs["input_ids"].to(device), inputs["attention_mask"].to(device), depth)
-        for i, row in zip(batch, hidden.cpu(), strict=True):
-            yield i, (row[: len(dataset.ids[i])] if row.dim() == 2 else row).clone()
+        rows = zip(batch, hidden.cpu(), strict=True)
+        yield {i: (row[: len(dataset.ids[i])] if row.dim() == 2 else row).clone() for i, row in rows}
 
 
-def _packed(fast: BertModel, dataset: SentenceDataset, pooled: bool) -> Iterator[tuple[int, Tensor]]:
+def _packed(fast: BertModel, dataset: SentenceDataset, pooled: bool) -> Iterator[dict[int, Tensor]]:
     nothing = torch.zeros(0, fast.config.hidden_size)  # (0, H), of a text without any token
-    yield from ((i, nothing.sum(0) if pooled else nothing) for i, row in enumerate(dataset.ids) if not row)
+    yield {i: nothing.sum(0) if pooled else nothing for i, row in enumerate(dataset.ids) if not row}
     for batch, packing, hidden in run_texts(fast, dataset.ids):
         if pooled:
             rows: Iterable[Tensor] = packing.mean(hidden).cpu()  # (H,) each
         else:
             rows = (text for run in packing.split(hidden.cpu()) for text in run)  # (T, H) each
-        yield from ((i, row.clone()) for i, row in zip(batch, rows, strict=True))
+        yield {i: row.clone() for i, row in zip(batch, rows, strict=True)}
 
 
 def _fast_encoder(encoder: BertModel, depth: int) -> BertModel:

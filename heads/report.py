@@ -80,21 +80,24 @@ def print_results(results: Results, majorities: Mapping[str, Mapping[str, float 
 class Bar:
     """A progress bar on a terminal, nothing elsewhere; and how fast the epoch goes."""
 
-    def __init__(self, title: str, steps: int, done: int, *, hidden: bool) -> None:
+    def __init__(self, title: str, unit: str, total: int, done: int = 0, *, hidden: bool) -> None:
         from tqdm import tqdm
 
         on_a_terminal_only = True if hidden else None
         self.bar = tqdm(
-            total=steps, initial=done, desc=title, unit="step", leave=False, disable=on_a_terminal_only
+            total=total, initial=done, desc=title, unit=unit, leave=False, disable=on_a_terminal_only
         )
         self.began = time.perf_counter()
         self.tokens = 0
 
-    def advance(self, loss: float, tokens: int) -> None:
-        """One step more."""
+    def note(self, loss: float, tokens: int) -> None:
+        """What the next step to be counted was."""
         self.tokens += tokens
         self.bar.set_postfix_str(f"loss {loss:.3f}{self.speed()}", refresh=False)
-        self.bar.update()
+
+    def advance(self, units: int = 1) -> None:
+        """So many more."""
+        self.bar.update(units)
 
     def speed(self) -> str:
         """Tokens per second, or nothing before the first step."""

@@ -12,7 +12,7 @@ import sys
 import termios
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -280,9 +280,9 @@ def test_cosine_schedule_is_transformers() -> None:
 def test_cached_features_give_the_same_run(main: Main, freeze: str, monkeypatch: pytest.MonkeyPatch) -> None:
     filled = []
 
-    def noting(*arguments: Any) -> None:
+    def noting(*arguments: Any) -> Iterator[int]:
         filled.append(arguments[-1])
-        features.fill(*arguments)
+        return features.fill(*arguments)
 
     monkeypatch.setattr(train, "fill", noting)
     cached = main("cached", f"--freeze {freeze} --epochs 4 --lr 1e-3")
@@ -419,6 +419,34 @@ def test_resuming_is_exact(main: Main, monkeypatch: pytest.MonkeyPatch, options:
     assert train.main(["--output", str(part), "--resume"]) == 0
     assert_same_run(whole, part)
     assert train.main(["--output", str(part), "--resume"]) == 0  # a finished run only reports again
+    assert_same_run(whole, part)
+
+
+@pytest.mark.parametrize("options", ["", "--fast"])
+# Computed before the first step, and in the middle of the run:
+@pytest.mark.parametrize("depth", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_interrupt_while_features_are_computed(
+    main: Main, monkeypatch: pytest.MonkeyPatch, options: str, depth: int
+) -> None:
+    """Ctrl-C is heeded after a batch of them; resumed, every file is as if nothing had happened."""
+    options += " --freeze gradual:2 --epochs 4 --save-every 100"
+    whole = main("whole", options)
+    batches = 0
+
+    def interrupting(*arguments: Any) -> Iterator[int]:
+        nonlocal batches
+        for sentences in features.fill(*arguments):
+            if arguments[-1] == depth:
+                batches += 1
+                signal.raise_signal(signal.SIGINT)
+            yield sentences
+
+    monkeypatch.setattr(train, "fill", interrupting)
+    part = main("part", options, status=130)
+    assert batches == 1
+    assert (len(steps(part)) > 0) == (depth == 2)
+    monkeypatch.undo()
+    assert train.main(["--output", str(part), "--resume"]) == 0
     assert_same_run(whole, part)
 
 
