@@ -76,7 +76,7 @@ def fill(
 def _padded(
     model: MultiTaskModel, dataset: SentenceDataset, batches: Sequence[Sequence[int]], depth: int
 ) -> Iterator[dict[int, Tensor]]:
-    device = model.encoder.embeddings.word.weight.device
+    device = model.encoder.device
     rest = sorted(set(range(len(dataset))).difference(*batches), key=lambda i: len(dataset.ids[i]))
     for batch in [*batches, *(rest[i : i + 32] for i in range(0, len(rest), 32))]:
         inputs = dataset.collate(batch)
@@ -97,6 +97,6 @@ def _packed(fast: BertModel, dataset: SentenceDataset, pooled: bool) -> Iterator
 
 
 def _fast_encoder(encoder: BertModel, depth: int) -> BertModel:
-    kind = encoder.embeddings.word.weight.device.type
+    kind = encoder.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return new_fast_copy(encoder, dtype, layers=depth)

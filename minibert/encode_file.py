@@ -94,7 +94,7 @@ def encode_file(
         "max_length": encoder.tokenizer.max_length,
         "pooling": encoder.pooling,
         "normalize_embeddings": normalize,
-        "dtype": str(encoder.dtype or encoder.model.embeddings.word.weight.dtype).removeprefix("torch."),
+        "dtype": str(encoder.dtype or encoder.model.dtype).removeprefix("torch."),
         "hidden_size": width,
         "lines": lines,
         "start": start,

@@ -124,7 +124,7 @@ def run_texts(
 
     For each batch: which texts, how they are packed, and their hidden states (tokens, H).
     """
-    device = fast.embeddings.word.weight.device
+    device = fast.device
     order = sorted((i for i, row in enumerate(ids) if row), key=lambda i: -len(ids[i]))
     for batch in _cut(order, ids, batch_size, token_budget(fast.config, device)):
         packed = PackedBatch.from_rows([ids[i] for i in batch], fast.config, device)

@@ -55,6 +55,16 @@ class BertModel(nn.Module):
         self.pooler = Pooler(config) if add_pooling_layer else None
         self.apply(self._initialise)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is: the device of its first parameter."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in: the dtype of its first parameter."""
+        return next(self.parameters()).dtype
+
     def forward(
         self,
         input_ids: Tensor,

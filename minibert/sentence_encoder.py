@@ -191,7 +191,7 @@ class SentenceEncoder(nn.Module):
         self.tokenizer.warn_if_cut(cut, done)
 
     def _on_gpu(self) -> bool:
-        return self.model.embeddings.word.weight.is_cuda
+        return self.model.device.type == "cuda"
 
     def _tokenize(self, texts: Iterable[str]) -> Iterator[Callable[[], tuple[list[list[int]], int]]]:
         """For each block a call that gives its ids, and how many of its texts were cut."""
@@ -202,9 +202,8 @@ class SentenceEncoder(nn.Module):
 
     def _embed(self, ids: list[list[int]], batch_size: int | None, progress: Callable[[int], object]) -> Tensor:
         fast = fast_copy(self.model, self.dtype)
-        weight = fast.embeddings.word.weight
-        dtype, head_size = self.dtype or weight.dtype, fast.config.head_size
-        if self.compiled and not has_varlen(weight.device, dtype, head_size):
+        head_size = fast.config.head_size
+        if self.compiled and not has_varlen(fast.device, self.dtype or fast.dtype, head_size):
             raise ValueError(
                 "compile=True needs a GPU (Ampere or newer), dtype=torch.bfloat16, torch 2.11 and a head size "
                 f"that is a multiple of 8 up to 256 (it is {head_size}): leave it out"
@@ -231,9 +230,8 @@ class SentenceEncoder(nn.Module):
         return embeddings
 
     def _empty(self, rows: int) -> Tensor:
-        weight = self.model.embeddings.word.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return torch.empty(rows, weight.shape[1], dtype=wide, device=weight.device)
+        wide = torch.promote_types(self.model.dtype, torch.float32)
+        return torch.empty(rows, self.model.config.hidden_size, dtype=wide, device=self.model.device)
 
     def save_pretrained(
         self, directory: str | Path, other_files: Mapping[str, bytes | Mapping[str, Tensor]] | None = None

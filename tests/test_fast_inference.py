@@ -456,6 +456,10 @@ def changes() -> Iterator[tuple[str, object]]:
         attention = model.get_submodule("layers.0.attention")
         attention.value = nn.Sequential(attention.get_submodule("value"), nn.Linear(36, 36))
 
+    def table_adapter(model: BertModel) -> None:
+        table = model.get_submodule("embeddings.word")
+        model.embeddings.word = nn.Sequential(table, nn.Linear(36, 36))  # type: ignore[assignment]
+
     def no_bias(model: BertModel) -> None:
         model.layers[1].feed_forward.down = nn.Linear(37, 36, bias=False)  # type: ignore[union-attr]
 
@@ -488,7 +492,7 @@ def changes() -> Iterator[tuple[str, object]]:
     yield from {"in place": in_place, "step": a_step, "fused step": a_fused_step, "data": new_data}.items()
     yield from {"module": new_module, "adapter": adapter, "layer": other_layer}.items()
     yield from {"activation alone": activation_alone, "parameters": new_parameters, "pruned": pruned}.items()
-    yield from {"other forward": other_forward}.items()
+    yield from {"other forward": other_forward, "table": table_adapter}.items()
 
 
 def two_layers(minilm: Path) -> SentenceEncoder:
