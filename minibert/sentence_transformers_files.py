@@ -1,8 +1,10 @@
 """The small files sentence-transformers keeps beside a checkpoint: how to pool and whether to normalise."""
 
+import warnings
 from pathlib import Path
 
 from weights import CheckpointError
+from weights.hub import may_lack_modules
 from weights.json_files import read_json, to_json
 
 
@@ -15,6 +17,12 @@ def read_modules(directory: Path) -> tuple[str, bool]:
     _refuse_extras(directory / "config_sentence_transformers.json")
     path = directory / "modules.json"
     if not path.is_file():
+        if may_lack_modules(directory):
+            warnings.warn(
+                f"{directory} came into the cache without modules.json, and the hub cannot be asked for it: "
+                "mean pooling, not normalised, may not be what the model was made for",
+                stacklevel=3,
+            )
         return "mean", False
     folders = {}  # kind of module -> its folder
     for module in read_json(path, list):
@@ -23,10 +31,14 @@ def read_modules(directory: Path) -> tuple[str, bool]:
         folders[str(module.get("type")).rpartition(".")[2]] = str(module.get("path") or "")
     if unknown := folders.keys() - {"Transformer", "Pooling", "Normalize"}:
         raise CheckpointError(f"{path} has modules that are not supported: {', '.join(sorted(unknown))}")
-    if folders.get("Transformer"):
-        raise CheckpointError(f"{path} keeps the encoder in {folders['Transformer']}/: give that directory")
     pooling = _read_pooling(directory / folders["Pooling"] / "config.json") if "Pooling" in folders else "mean"
-    return pooling, "Normalize" in folders
+    normalize = "Normalize" in folders
+    if folders.get("Transformer"):
+        raise CheckpointError(
+            f"{path} keeps the encoder in {folders['Transformer']}/: load that directory, and set pooling = "
+            f"{pooling!r} and normalize_embeddings = {normalize} on the SentenceEncoder"
+        )
+    return pooling, normalize
 
 
 def _refuse_extras(path: Path) -> None:

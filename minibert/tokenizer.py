@@ -21,22 +21,33 @@ if TYPE_CHECKING:
 
 # A backend is told its limit before each batch, so two threads must not do so at once.
 TRUNCATION = threading.Lock()
-SPECIAL_TOKENS = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
+SPECIAL_TOKENS = {
+    f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")
+}  # BERT's
+# Which build their own normalizer, whatever tokenizer.json says; None: named nowhere.
+BERT_CLASSES = (None, "BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "DistilBertTokenizerFast")
 
 
 class Tokenizer:
     """Text -> token ids (Devlin et al. 2018, section 3; WordPiece: Wu et al. 2016).
 
     `backend` is the `tokenizers.Tokenizer`, `max_length` the most tokens a text may become,
-    [CLS] and [SEP] included, `token_types` whether the model wants `token_type_ids`.
+    [CLS] and [SEP] included, `token_types` whether the model wants `token_type_ids`, `special_tokens`
+    what its special tokens are called where not as BERT's (`{"pad_token": "<pad>"}`).
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, *, max_length: int = 512, token_types: bool = True
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        max_length: int = 512,
+        token_types: bool = True,
+        special_tokens: Mapping[str, str] | None = None,
     ) -> None:
-        pad_token_id = backend.token_to_id("[PAD]")
+        self.special_tokens = SPECIAL_TOKENS | dict(special_tokens or {})
+        pad_token_id = backend.token_to_id(self.special_tokens["pad_token"])
         if pad_token_id is None:
-            raise ValueError("the vocabulary has no [PAD] token")
+            raise ValueError(f"the vocabulary has no {self.special_tokens['pad_token']} token")
         # A tokenizer.json may carry the padding and truncation of whoever saved it.
         backend.no_padding()
         backend.no_truncation()
@@ -49,32 +60,54 @@ class Tokenizer:
     def from_pretrained(cls, name_or_path: str | Path = "bert-base-uncased") -> Self:
         """From a model's tokenizer.json, or its vocab.txt and the `do_lower_case` beside it.
 
-        The limit is the model's own: the smallest of max_position_embeddings (config.json),
-        model_max_length (tokenizer_config.json) and max_seq_length (sentence_bert_config.json).
+        Reads these and the tokens added beside them (tokenizer_config.json, added_tokens.json,
+        special_tokens_map.json) as transformers does. The limit is the model's own: the smallest of
+        max_position_embeddings (config.json), model_max_length (tokenizer_config.json) and max_seq_length
+        (sentence_bert_config.json).
 
         Raises:
             ModelNotFoundError: no such model on disk or on the hub.
-            CheckpointError: no tokenizer files there, or damaged ones.
+            CheckpointError: no tokenizer files there, damaged ones, or another kind of tokenizer.
         """
         directory = resolve(name_or_path)
         config = BertConfig.from_pretrained(directory)
         settings = _read_settings(directory / "tokenizer_config.json")
         sentence_settings = _read_settings(directory / "sentence_bert_config.json")
+        import tokenizers
+
+        kind = settings.get("tokenizer_class") or read_json(directory / "config.json").get("tokenizer_class")
         if (directory / "tokenizer.json").is_file():
-            backend = _from_tokenizer_json(directory / "tokenizer.json", settings)
+            backend = _from_tokenizer_json(directory / "tokenizer.json")
+            if kind in BERT_CLASSES and isinstance(backend.model, tokenizers.models.WordPiece):
+                _split_words(backend, settings)
         elif (directory / "vocab.txt").is_file():
+            if kind not in BERT_CLASSES:
+                raise CheckpointError(
+                    f"{directory} wants a {kind}, which is not supported without tokenizer.json"
+                )
             backend = _from_vocabulary(directory / "vocab.txt", settings)
         else:
             raise CheckpointError(f"{directory} has no tokenizer: neither tokenizer.json nor vocab.txt")
+        special_tokens = _add_tokens(backend, directory, settings)
         if sentence_settings.get("do_lower_case") and not getattr(backend.normalizer, "lowercase", False):
             raise CheckpointError(
                 f"{directory / 'sentence_bert_config.json'} says do_lower_case but the tokenizer is cased, "
                 "which is not supported: set it to false, or lower-case in tokenizer_config.json"
             )
+        if settings.get("truncation_side", "right") != "right":
+            raise CheckpointError(
+                f"{directory / 'tokenizer_config.json'}: truncation_side is {settings['truncation_side']!r}, "
+                "only 'right' is supported"
+            )
         limits = (settings.get("model_max_length"), sentence_settings.get("max_seq_length"))
         max_length = min([config.max_position_embeddings, *(int(limit) for limit in limits if limit)])
         try:
-            return cls(backend, max_length=max_length, token_types=config.type_vocab_size > 0)
+            return cls(
+                backend,
+                max_length=max_length,
+                token_types=config.type_vocab_size > 0,
+                special_tokens=special_tokens,
+            )
         except ValueError as error:
             raise CheckpointError(f"{directory}: {error}") from error
 
@@ -129,11 +162,11 @@ class Tokenizer:
         rows, cut = self._encode(texts, None, max_length, first)
         return [row.ids for row in rows], cut
 
-    def warn_if_cut(self, cut: int, texts: int, max_length: int | None = None) -> None:
-        """One warning for all the texts that were too long."""
+    def warn_if_cut(self, cut: int, texts: int, max_length: int | None = None, stacklevel: int = 3) -> None:
+        """One warning for all the texts that were too long, about the line so many calls up."""
         if cut:
             limit = self.max_length if max_length is None else max_length
-            warnings.warn(f"{cut} of {texts} texts cut to {limit} tokens", stacklevel=3)
+            warnings.warn(f"{cut} of {texts} texts cut to {limit} tokens", stacklevel=stacklevel)
 
     def _encode(
         self, texts: list[str], pairs: list[str] | None, max_length: int | None, first: int = 0
@@ -173,7 +206,11 @@ class Tokenizer:
             "strip_accents": normalizer.get("strip_accents"),
             "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
             "model_max_length": self.max_length,
-            **{f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS},
+            **{
+                n: token
+                for n, token in self.special_tokens.items()
+                if self.backend.token_to_id(token) is not None
+            },
         }
         return {
             "tokenizer.json": serialised.encode(),
@@ -227,48 +264,93 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _from_tokenizer_json(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
+def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     import tokenizers
 
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{path} is not a tokenizer this can read: {error}") from error
-    # tokenizer_config.json wins over the normalizer inside, as in transformers.
-    states = {
-        "lowercase": settings.get("do_lower_case"),
-        "strip_accents": settings.get("strip_accents"),
-        "handle_chinese_chars": settings.get("tokenize_chinese_chars"),
-    }
-    for name, value in states.items():
-        if value is not None and hasattr(backend.normalizer, name):
-            setattr(backend.normalizer, name, value)
-    return backend
 
 
-def _from_vocabulary(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
-    import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+def _split_words(backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
+    """As a BertTokenizer does, by tokenizer_config.json alone."""
+    from tokenizers import normalizers, pre_tokenizers
 
-    try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    vocabulary = {token: index for index, token in enumerate(lines)}
-    if missing := [token for token in SPECIAL_TOKENS if token not in vocabulary]:
-        raise CheckpointError(f"{path} lacks the tokens {', '.join(missing)}: it is not BERT's vocabulary")
-    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(
         lowercase=settings.get("do_lower_case", True),
         strip_accents=settings.get("strip_accents"),
         handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+
+
+def _from_vocabulary(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
+    import tokenizers
+    from tokenizers import decoders, models, processors
+
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    vocabulary = {token: index for index, token in enumerate(lines)}
+    if missing := [token for token in SPECIAL_TOKENS.values() if token not in vocabulary]:
+        raise CheckpointError(f"{path} lacks the tokens {', '.join(missing)}: it is not BERT's vocabulary")
+    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    _split_words(backend, settings)
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
     )
     backend.decoder = decoders.WordPiece()
-    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    backend.add_special_tokens(list(SPECIAL_TOKENS.values()))
     return backend
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, directory: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """Adds what the files beside the vocabulary add to it; returns what BERT's special tokens are called here.
+
+    As transformers: `added_tokens_decoder` makes the two older files superfluous.
+    """
+    from tokenizers import AddedToken
+
+    numbered = settings.get("added_tokens_decoder")
+    if numbered is None:
+        settings = _read_settings(directory / "special_tokens_map.json") | settings
+    extra = settings.get("extra_special_tokens", settings.get("additional_special_tokens", []))
+    try:
+        names = {name: _content(settings[name]) for name in SPECIAL_TOKENS if name in settings}
+        special = [*names.values(), *map(_content, extra.values() if isinstance(extra, dict) else extra)]
+        if numbered is not None:
+            added = {
+                int(number): AddedToken(**{flag: token[flag] for flag in token if flag != "__type"})
+                for number, token in numbered.items()
+            }
+        else:
+            older = _read_settings(directory / "added_tokens.json")
+            added = {
+                number: AddedToken(token, special=token in special, normalized=token not in special)
+                for token, number in older.items()
+            }
+        for number, token in sorted(added.items()):
+            backend.add_tokens([token])
+            if (given := backend.token_to_id(token.content)) != number:
+                raise CheckpointError(
+                    f"{directory}: the added token {token.content!r} should have the id {number}, "
+                    f"but would have {given}"
+                )
+        known = {token.content for token in backend.get_added_tokens_decoder().values()}
+        backend.add_special_tokens([token for token in special if token not in known])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{directory} has added tokens that cannot be read: {error}") from error
+    return names
+
+
+def _content(token: Any) -> str:
+    content = token["content"] if isinstance(token, dict) else token
+    if not isinstance(content, str):
+        raise TypeError(f"{content!r} is not a token")
+    return content

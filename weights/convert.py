@@ -8,7 +8,7 @@ from torch import Tensor
 from weights.hub import OPTIONAL_FILES, TOKENIZER_FILES, resolve
 from weights.json_files import CheckpointError
 from weights.key_maps import is_ignored
-from weights.safetensors_files import PICKLES, SINGLE, write_directory
+from weights.safetensors_files import PICKLES, SINGLE, no_weights, write_directory
 
 
 def _is_named_tensor(item: tuple[object, object]) -> bool:
@@ -33,8 +33,8 @@ def convert(name_or_path: str | Path, directory: str | Path) -> None:
     try:
         published = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
-        reason = (str(error).splitlines() or [""])[0]
-        raise CheckpointError(f"{path} cannot be read as tensors: {type(error).__name__} {reason}") from error
+        reason = no_weights(path) or f"cannot be read as tensors: {type(error).__name__}"
+        raise CheckpointError(f"{path} {reason}") from error
     if not isinstance(published, dict) or not all(map(_is_named_tensor, published.items())):
         raise CheckpointError(
             f"{path} does not hold named tensors alone (it holds a {type(published).__name__})"

@@ -13,6 +13,8 @@ from weights.safetensors_files import INDEX, PICKLES, SINGLE
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 OPTIONAL_FILES = (
     "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
     "modules.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
@@ -66,7 +68,8 @@ def resolve(name_or_path: str | Path) -> Path:
 def on_disk(name: str, whole: bool = True) -> Path | None:
     """Where a catalog name or `org/name` lies on this disk, or None. Touches no network.
 
-    Unless `whole`, a cached snapshot may lack its tokenizer, or have its weights as a pickle only.
+    Unless `whole`, a cached snapshot may lack its tokenizer, have its weights as a pickle only, or have
+    come without anyone asking for modules.json, which says how to pool.
     """
     entry = find(name)
     candidates = [Path(__file__).parent / name]
@@ -120,7 +123,21 @@ def _can_be_used(snapshot: Path, weights: str, whole: bool) -> bool:
         names = (weights,) if whole else (weights, *PICKLES)
         has_weights = any((snapshot / name).is_file() for name in names)
     has_tokenizer = any((snapshot / name).is_file() for name in TOKENIZER_FILES)
-    return has_weights and (has_tokenizer or not whole) and (snapshot / "config.json").is_file()
+    is_whole = has_tokenizer and not may_lack_modules(snapshot)
+    return has_weights and (is_whole or not whole) and (snapshot / "config.json").is_file()
+
+
+def may_lack_modules(directory: Path) -> bool:
+    """Whether this is a cached snapshot whose modules.json is neither there nor known not to be on the hub.
+
+    transformers does not ask for it.
+    """
+    storage = directory.parent.parent
+    if directory.parent.name != "snapshots" or (directory / "modules.json").is_file():
+        return False
+    entry = find(storage.name.removeprefix("models--").replace("--", "/"))
+    known_absent = storage / ".no_exist" / directory.name / "modules.json"
+    return not known_absent.is_file() and (entry is None or entry.pooled)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -34,10 +34,13 @@ class Family:
         return _rename(key, {theirs: ours for ours, theirs in self.modules.items()})
 
     def to_published(self, ours: str) -> str:
-        """The published key, without the prefix: what transformers writes for a bare encoder."""
+        """The published key, without the prefix: what transformers writes for a bare encoder.
+
+        Raises ValueError for what is not the encoder's, as in a compiled or parametrized one.
+        """
         published = _rename(ours, self.modules)
         if published is None:
-            raise KeyError(f"{ours} is not a parameter of the encoder")
+            raise ValueError(f"{ours} is not a parameter of BERT's encoder, and has no published name")
         return published
 
     def config_to_bert(self, published: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,18 +105,26 @@ def release_memory(tensors: Iterable[Tensor]) -> None:
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
 
 
-def _what_it_is(path: Path) -> str:
-    """Says why safetensors refuses a file, from its size and first bytes."""
-    size = path.stat().st_size
+def no_weights(path: Path) -> str | None:
+    """What a file is that holds no weights in any format, from its first bytes."""
     with path.open("rb") as file:
         head = file.read(256)
-        if not head:
-            return "is empty"
-        if head.startswith(b"version https://git-lfs"):
-            return "is a Git LFS pointer of a few bytes, not the weights it points to"
-        if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-            return "is a web page saved under this name, not weights"
-        if head[:2] in (b"PK", b"\x80\x02"):
+    if not head:
+        return "is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer of a few bytes, not the weights it points to"
+    if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page saved under this name, not weights"
+    return None
+
+
+def _what_it_is(path: Path) -> str:
+    """Says why safetensors refuses a file, from its size and first bytes."""
+    if reason := no_weights(path):
+        return reason
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(2) in (b"PK", b"\x80\x02"):
             return "is a PyTorch pickle under this name, not safetensors"
         file.seek(0)
         header_size = int.from_bytes(file.read(8), "little")
