@@ -47,20 +47,25 @@ class RunDirectory:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def begin(self, config: dict[str, Any], bytes_needed: int) -> None:
-        """Makes the directory and writes config.json; fails now if it could only fail later."""
+        """Makes the directory and writes config.json; fails now if it could only fail later.
+
+        First config.json, since a run that has it can be gone on with.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.path).free
+            if free < bytes_needed:
+                raise CheckpointError(
+                    f"{self.path}: {free / 1e6:,.0f} MB are free, checkpoints may take "
+                    f"{bytes_needed / 1e6:,.0f} MB"
+                )
+            self.recover()
+            self.write({"config.json": to_json(config)})
             metrics = self.path / "metrics.jsonl"
             metrics.touch()
             os.truncate(metrics, 0)
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be written: {error.strerror}") from error
-        if free < bytes_needed:
-            raise CheckpointError(
-                f"{self.path}: {free / 1e6:,.0f} MB are free, checkpoints may take {bytes_needed / 1e6:,.0f} MB"
-            )
-        self.write({"config.json": to_json(config)})
 
     def write(self, files: dict[str, bytes]) -> None:
         """Writes small files, each whole or not at all."""

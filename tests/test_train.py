@@ -632,7 +632,16 @@ def test_an_output_that_cannot_be_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     run = main("full", status=2)
     assert "1 MB are free, checkpoints may take" in capsys.readouterr().err
-    assert not (run / "config.json").exists()
+    assert not list(run.iterdir())
+    monkeypatch.undo()
+
+    def dying(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "truncate", dying)  # by which a run that can be gone on with has begun
+    assert main(run.name, status=130) == run
+    monkeypatch.undo()
+    assert train.main(["--output", str(run), "--resume"]) == 0
 
 
 def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
