@@ -187,29 +187,37 @@ def stratified_split(
 ) -> tuple[list[Example], list[Example]]:
     """(rest, held out): `fraction` of each combination of labels and file, as nearly as can be.
 
-    Keeps the order, and something of every label in the rest.
+    Keeps the order, and something of every label in the rest. A text that is in several files, as with
+    a file for each task, is held out in all of them or in none.
 
     Raises:
         DataError: too few examples to hold one out and keep one.
     """
-    strata: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    sources = defaultdict(set)
+    for example in examples:
+        sources[example.text].add(example.source)
+    together: dict[object, list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
-        strata[(example.source, *sorted(example.labels.items()))].append(index)
+        together[example.text if len(sources[example.text]) > 1 else index].append(index)
+    strata: dict[tuple[object, ...], list[list[int]]] = defaultdict(list)
+    for group in together.values():
+        kinds = [(examples[i].source, *sorted(examples[i].labels.items())) for i in group]
+        strata[sum(kinds, ())].append(group)
     generator = torch.Generator().manual_seed(seed)
     shares = {key: fraction * len(members) for key, members in strata.items()}
     keys = sorted(strata, key=repr)
     keys = [keys[i] for i in torch.randperm(len(keys), generator=generator).tolist()]
     keys.sort(key=lambda key: int(shares[key]) - shares[key])  # the largest part lost by rounding down first
-    extra = round(fraction * len(examples)) - sum(map(int, shares.values()))
+    extra = round(fraction * len(together)) - sum(map(int, shares.values()))
     left = Counter(label for example in examples for label in example.labels.items())
     held: set[int] = set()
     for rank, key in enumerate(keys):
         order = torch.randperm(len(strata[key]), generator=generator).tolist()
-        for index in [strata[key][i] for i in order[: int(shares[key]) + (rank < extra)]]:
-            labels = list(examples[index].labels.items())
-            if all(left[label] > 1 for label in labels):
+        for group in [strata[key][i] for i in order[: int(shares[key]) + (rank < extra)]]:
+            labels = Counter(label for i in group for label in examples[i].labels.items())
+            if all(left[label] > count for label, count in labels.items()):
                 left.subtract(labels)
-                held.add(index)
+                held.update(group)
     if not held:
         raise DataError(
             f"{len(examples)} examples are too few to hold {fraction:.0%} out: give a validation file"

@@ -21,6 +21,8 @@ from weights.safetensors_files import read_file
 
 SETTINGS = "heads.json"
 TENSORS = "heads.safetensors"
+# Methods of nn.Module that torch does not call for the parts of a module.
+CONVERSIONS = ("type", "half", "float", "double", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class Heads(nn.ModuleDict):
 
     def __setitem__(self, name: str, head: nn.Module) -> None:
         self._modules[name] = head
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in CONVERSIONS and name in self._modules:  # so torch's get_submodule finds it, too
+            return self._modules[name]
+        return super().__getattribute__(name)
 
 
 class MultiTaskModel(nn.Module):

@@ -155,6 +155,9 @@ def _confusions(name: str, tasks: Mapping[str, TaskMetrics], labels: Mapping[str
     parts = [f"## Confusion on {name}: rows are true, columns predicted"]
     for task, m in tasks.items():
         names = labels.get(task) or tuple(map(str, range(len(m.confusion))))
+        if len(names) > LEGIBLE:
+            parts.append(f"{task}: {len(names)} classes, see report.json")
+            continue
         rows = [[label, *map(str, counts)] for label, counts in zip(names, m.confusion, strict=True)]
         parts.append(_table([task, *names], rows))
     return "\n\n".join(parts)

@@ -36,12 +36,14 @@ class Headed(Protocol):
 
 def named_groups(model: Headed) -> dict[str, nn.Module]:
     """The groups of a model by name, from the input up."""
-    if not isinstance(getattr(model, "encoder", None), BertModel) or not hasattr(model, "heads"):
+    encoder = getattr(model, "encoder", None)
+    encoder = getattr(encoder, "_orig_mod", encoder)  # of a compiled one
+    if not isinstance(encoder, BertModel) or not hasattr(model, "heads"):
         raise TypeError(f"{type(model).__name__} has no encoder and heads: give a MultiTaskModel")
-    groups: dict[str, nn.Module] = {"embeddings": model.encoder.embeddings}
-    groups |= {f"layers.{i}": layer for i, layer in enumerate(model.encoder.layers)}
-    if model.encoder.pooler is not None:
-        groups["pooler"] = model.encoder.pooler
+    groups: dict[str, nn.Module] = {"embeddings": encoder.embeddings}
+    groups |= {f"layers.{i}": layer for i, layer in enumerate(encoder.layers)}
+    if encoder.pooler is not None:
+        groups["pooler"] = encoder.pooler
     return groups | {f"heads.{name}": head for name, head in model.heads.items()}
 
 

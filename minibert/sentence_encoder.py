@@ -138,6 +138,10 @@ class SentenceEncoder(nn.Module):
         docs/performance.md). In float32 they differ from those of `forward`, which pads, by at most
         1e-6 of the embedding's length.
 
+        Weights may have changed since the last call, but for what torch does not record: after writing
+        into `.data`, or by numpy or a collective into a detached tensor, call
+        `torch.autograd.graph.increment_version(model.parameters())`.
+
         Args:
             sentences: a string, or any iterable of strings, which is read block by block.
             batch_size: sentences per forward pass; if None, as many as fill a budget of tokens.

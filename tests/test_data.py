@@ -180,6 +180,19 @@ def test_stratified_split() -> None:
         stratified_split(examples[:2], 0.1, seed=0)
 
 
+def test_a_text_in_two_files_is_held_out_in_both_or_in_none() -> None:
+    a = [Example(str(i), {"a": "xyz"[i % 3]}, source=0) for i in range(90)]
+    b = [Example(str(i), {"b": "uv"[i % 2]}, source=1) for i in range(60, 150)]
+    rest, held = stratified_split(a + b, 0.1, seed=0)
+    assert not {e.text for e in rest} & {e.text for e in held}
+    assert len({e.text for e in held}) == 15
+    assert any(held.count(e) == 1 and e.text in {o.text for o in held if o.source != e.source} for e in held)
+    assert Counter(e.source for e in rest + held) == {0: 90, 1: 90}
+    only = [Example("one", {"a": "x"}, source=0), Example("one", {"a": "x"}, source=1)]
+    rest, held = stratified_split([*only, *[Example(str(i), {"a": "y"}) for i in range(30)]], 0.5, seed=0)
+    assert [e.text for e in rest if e.labels["a"] == "x"] == ["one", "one"]  # its label is nowhere else
+
+
 def test_rare_combinations_are_split_as_well() -> None:
     """500 combinations of labels that occur once, and 100 examples alike: the latter do not make up for them."""
     rare = [Example(str(i), {"a": str(i % 25), "b": str(i // 25)}) for i in range(500)]

@@ -435,6 +435,10 @@ def changes() -> Iterator[tuple[str, object]]:
         weight = model.get_parameter("layers.0.attention.value.weight")
         weight.data = weight.data * 1.5
 
+    def told(model: BertModel) -> None:
+        model.get_parameter("layers.1.feed_forward.up.weight").detach().numpy()[:] *= 1.5
+        torch.autograd.graph.increment_version(model.parameters())
+
     def new_parameters(model: BertModel) -> None:
         value = model.layers[0].attention.value  # type: ignore[union-attr]
         for seed in range(3):  # the last of which may lie where the first did
@@ -489,7 +493,13 @@ def changes() -> Iterator[tuple[str, object]]:
         model.layers[1].feed_forward_norm = TwiceTheNorm(36)
 
     yield from {"no bias": no_bias, "activation": activation, "norm": norm, "other norm": other_norm}.items()
-    yield from {"in place": in_place, "step": a_step, "fused step": a_fused_step, "data": new_data}.items()
+    yield from {
+        "in place": in_place,
+        "step": a_step,
+        "fused step": a_fused_step,
+        "data": new_data,
+        "told": told,
+    }.items()
     yield from {"module": new_module, "adapter": adapter, "layer": other_layer}.items()
     yield from {"activation alone": activation_alone, "parameters": new_parameters, "pruned": pruned}.items()
     yield from {"other forward": other_forward, "table": table_adapter}.items()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from heads import MISSING, MLPHead, MultiTaskLoss, MultiTaskModel
 from heads.metrics import TaskMetrics, majority
 from minibert import BertModel, SentenceEncoder, Tokenizer
-from minibert.freezing import FreezePlan
+from minibert.freezing import FreezePlan, named_groups
 from weights import CheckpointError
 
 LABELS = {"type": ("news", "question", "statement"), "sentiment": ("bad", "good")}
@@ -149,6 +149,25 @@ def test_what_a_head_ties_stays_tied(small: Path, tmp_path: Path) -> None:
     MultiTaskModel.from_pretrained(tmp_path, heads={"tied": head})
     assert head.first.weight is head.second.weight
     assert torch.equal(head.first.weight, model.heads["tied"].get_parameter("first.weight"))
+
+
+def test_a_head_is_found_by_a_name_that_modules_have(small: Path) -> None:
+    model = build(small)
+    assert model.get_submodule("heads.type") is model.heads["type"]
+    ids = torch.tensor([[2, 5, 7, 3]])
+    doubled = {name: 2 * parameter for name, parameter in model.heads["type"].named_parameters()}
+    called = torch.func.functional_call(model, {f"heads.type.{n}": t for n, t in doubled.items()}, (ids,))
+    embedding = model(ids).embeddings
+    expected = torch.func.functional_call(model.heads["type"], doubled, (embedding,))
+    torch.testing.assert_close(called.logits["type"], expected)
+    assert model.double().get_parameter("heads.type.out.weight").dtype == torch.float64
+
+
+def test_a_compiled_encoder_has_groups(small: Path) -> None:
+    model = build(small)
+    names = list(named_groups(model))
+    model.encoder = torch.compile(model.encoder, backend="eager")  # type: ignore[assignment]
+    assert list(named_groups(model.train())) == names
 
 
 def test_a_head_of_ones_own(small: Path, tmp_path: Path) -> None:
