@@ -59,7 +59,6 @@ class RunDirectory:
                     f"{self.path}: {free / 1e6:,.0f} MB are free, checkpoints may take "
                     f"{bytes_needed / 1e6:,.0f} MB"
                 )
-            self.recover()
             self.write({"config.json": to_json(config)})
             metrics = self.path / "metrics.jsonl"
             metrics.touch()
