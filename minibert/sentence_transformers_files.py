@@ -4,25 +4,27 @@ import warnings
 from pathlib import Path
 
 from weights import CheckpointError
-from weights.hub import may_lack_modules
+from weights.hub import fetch_pooling
 from weights.json_files import read_json, to_json
 
 
 def read_modules(directory: Path) -> tuple[str, bool]:
     """(pooling, normalised?) as modules.json says; ("mean", False) where there is none.
 
+    Where transformers fetched the model, which leaves these files out, they are fetched now, or it warns.
+
     Raises:
         CheckpointError: damaged files, or steps that `SentenceEncoder` does not do.
     """
+    if not fetch_pooling(directory):
+        warnings.warn(
+            f"{directory} came into the cache without modules.json, and the hub cannot be asked for it: "
+            "mean pooling, not normalised, may not be what the model was made for",
+            stacklevel=3,
+        )
     _refuse_extras(directory / "config_sentence_transformers.json")
     path = directory / "modules.json"
     if not path.is_file():
-        if may_lack_modules(directory):
-            warnings.warn(
-                f"{directory} came into the cache without modules.json, and the hub cannot be asked for it: "
-                "mean pooling, not normalised, may not be what the model was made for",
-                stacklevel=3,
-            )
         return "mean", False
     folders = {}  # kind of module -> its folder
     for module in read_json(path, list):

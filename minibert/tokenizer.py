@@ -21,11 +21,21 @@ if TYPE_CHECKING:
 
 # A backend is told its limit before each batch, so two threads must not do so at once.
 TRUNCATION = threading.Lock()
-SPECIAL_TOKENS = {
-    f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")
-}  # BERT's
+SPECIAL_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
+NAMED_TOKENS = ("bos_token", "eos_token", *SPECIAL_TOKENS)  # in the order in which they are added
+WORDPIECE = {
+    "type": "WordPiece",
+    "unk_token": "[UNK]",
+    "continuing_subword_prefix": "##",
+    "max_input_chars_per_word": 100,
+}
 # Which build their own normalizer, whatever tokenizer.json says; None: named nowhere.
-BERT_CLASSES = (None, "BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "DistilBertTokenizerFast")
+BERT_CLASSES = (
+    None,
+    *("BertTokenizer", "BertTokenizerFast"),
+    *("DistilBertTokenizer", "DistilBertTokenizerFast"),
+    *("ElectraTokenizer", "ElectraTokenizerFast"),
+)
 
 
 class Tokenizer:
@@ -89,6 +99,14 @@ class Tokenizer:
         else:
             raise CheckpointError(f"{directory} has no tokenizer: neither tokenizer.json nor vocab.txt")
         special_tokens = _add_tokens(backend, directory, settings)
+        for name in ("cls_token", "sep_token", "unk_token"):
+            if (
+                kind in BERT_CLASSES
+                and (other := special_tokens.get(name, SPECIAL_TOKENS[name])) != SPECIAL_TOKENS[name]
+            ):
+                raise CheckpointError(
+                    f"{directory}: {name} is {other!r}, of a BertTokenizer it must be BERT's own"
+                )
         if sentence_settings.get("do_lower_case") and not getattr(backend.normalizer, "lowercase", False):
             raise CheckpointError(
                 f"{directory / 'sentence_bert_config.json'} says do_lower_case but the tokenizer is cased, "
@@ -196,12 +214,18 @@ class Tokenizer:
         """tokenizer.json and tokenizer_config.json as transformers reads them, by name."""
         with TRUNCATION:
             serialised = self.backend.to_str(pretty=True)
-        normalizer = json.loads(serialised).get("normalizer") or {}
+        parts = json.loads(serialised)
+        normalizer = parts["normalizer"] or {}
+        # What transformers makes of the vocabulary and the three lines below, when it reads "BertTokenizer":
+        is_berts = (
+            normalizer.get("type") == "BertNormalizer"
+            and normalizer["clean_text"]
+            and parts["pre_tokenizer"] == {"type": "BertPreTokenizer"}
+            and parts["post_processor"]
+            and {key: parts["model"].get(key) for key in WORDPIECE} == WORDPIECE
+        )
         settings = {
-            # transformers rebuilds the normalizer of a BertTokenizer from the three lines below
-            "tokenizer_class": "BertTokenizer"
-            if normalizer.get("type") == "BertNormalizer"
-            else "PreTrainedTokenizerFast",
+            "tokenizer_class": "BertTokenizer" if is_berts else "PreTrainedTokenizerFast",
             "do_lower_case": normalizer.get("lowercase", True),
             "strip_accents": normalizer.get("strip_accents"),
             "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
@@ -317,20 +341,20 @@ def _add_tokens(backend: tokenizers.Tokenizer, directory: Path, settings: dict[s
 
     numbered = settings.get("added_tokens_decoder")
     if numbered is None:
-        settings = _read_settings(directory / "special_tokens_map.json") | settings
-    extra = settings.get("extra_special_tokens", settings.get("additional_special_tokens", []))
+        settings = settings | _read_settings(directory / "special_tokens_map.json")
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     try:
-        names = {name: _content(settings[name]) for name in SPECIAL_TOKENS if name in settings}
-        special = [*names.values(), *map(_content, extra.values() if isinstance(extra, dict) else extra)]
+        named = {name: _special(settings[name]) for name in NAMED_TOKENS if name in settings}
+        if not isinstance(extra, list | dict):
+            raise TypeError(f"{extra!r} is not a list of tokens")
+        special = [*named.values(), *map(_special, extra.values() if isinstance(extra, dict) else extra)]
+        contents = [token.content for token in special]
         if numbered is not None:
-            added = {
-                int(number): AddedToken(**{flag: token[flag] for flag in token if flag != "__type"})
-                for number, token in numbered.items()
-            }
+            added = {int(number): AddedToken(**_flags(token)) for number, token in numbered.items()}
         else:
             older = _read_settings(directory / "added_tokens.json")
             added = {
-                number: AddedToken(token, special=token in special, normalized=token not in special)
+                number: AddedToken(token, special=token in contents, normalized=token not in contents)
                 for token, number in older.items()
             }
         for number, token in sorted(added.items()):
@@ -341,16 +365,23 @@ def _add_tokens(backend: tokenizers.Tokenizer, directory: Path, settings: dict[s
                     f"but would have {given}"
                 )
         known = {token.content for token in backend.get_added_tokens_decoder().values()}
-        backend.add_special_tokens([token for token in special if token not in known])
+        backend.add_tokens([token for token in special if token.content not in known])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{directory} has added tokens that cannot be read: {error}") from error
-    return names
+    return {name: token.content for name, token in named.items() if name in SPECIAL_TOKENS}
 
 
-def _content(token: Any) -> str:
-    content = token["content"] if isinstance(token, dict) else token
-    if not isinstance(content, str):
-        raise TypeError(f"{content!r} is not a token")
-    return content
+def _special(published: Any) -> tokenizers.AddedToken:
+    from tokenizers import AddedToken
+
+    if not isinstance(published, str | dict):
+        raise TypeError(f"{published!r} is not a token")
+    return AddedToken(
+        **_flags({"content": published} if isinstance(published, str) else published) | {"special": True}
+    )
+
+
+def _flags(token: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in token.items() if name != "__type"}

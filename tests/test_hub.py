@@ -320,6 +320,11 @@ def test_what_transformers_fetched_lacks_the_pooling(hub: Hub, shell: Shell, pub
     fetched = "from transformers import AutoModel, AutoTokenizer as T; AutoModel.from_pretrained('org/tiny'); "
     assert shell.run("-c", fetched + "T.from_pretrained('org/tiny')").returncode == 0
     assert "modules.json" not in hub.downloads()
+    asked = len(hub.asked)
+    (published / "model.safetensors").unlink()  # which is in the cache, and not fetched again
+    alone = "from minibert import BertModel as B, Tokenizer as T; B.from_pretrained('org/tiny'); "
+    assert shell.run("-c", alone + "T.from_pretrained('org/tiny')").returncode == 0
+    assert len(hub.asked) == asked
     code = "from minibert import SentenceEncoder as S; e = S.from_pretrained('org/tiny'); "
     code += "print(e.pooling, e.normalize_embeddings)"
     offline = shell.run("-c", code, HF_HUB_OFFLINE="1")
@@ -330,6 +335,24 @@ def test_what_transformers_fetched_lacks_the_pooling(hub: Hub, shell: Shell, pub
     assert "modules.json" in hub.downloads()
     again = shell.run("-c", code, HF_HUB_OFFLINE="1")
     assert (again.stdout, again.stderr) == ("cls True\n", "")
+
+
+def test_a_model_without_modules_is_asked_for_them_once(hub: Hub, shell: Shell, published: Path) -> None:
+    hub.repos["org/tiny"] = published
+    assert shell.fetch("org/tiny").returncode == 0
+    shutil.rmtree(shell.home / "hub" / "models--org--tiny" / ".no_exist")  # as others than we leave it
+    code = "from minibert import SentenceEncoder as S; print(S.from_pretrained('{}').pooling)"
+    assert "came into the cache" in shell.run("-c", code.format("org/tiny"), HF_HUB_OFFLINE="1").stderr
+    for _ in range(2):
+        result = shell.run("-c", code.format("org/tiny"))
+        assert (result.stdout, result.stderr) == ("mean\n", "")
+    assert [path for _, path in hub.asked if path.endswith("/modules.json")] == [
+        f"/org/tiny/resolve/{revision}/modules.json" for revision in ("main", COMMIT)
+    ]
+    own = shell.home / "snapshots" / "epoch3"  # not the cache's
+    shutil.copytree(published, own)
+    result = shell.run("-c", code.format(own))
+    assert (result.stdout, result.stderr) == ("mean\n", "")
 
 
 def test_token_is_sent(hub: Hub, shell: Shell, published: Path) -> None:

@@ -163,11 +163,13 @@ def test_a_head_is_found_by_a_name_that_modules_have(small: Path) -> None:
     assert model.double().get_parameter("heads.type.out.weight").dtype == torch.float64
 
 
-def test_a_compiled_encoder_has_groups(small: Path) -> None:
+def test_a_compiled_encoder_has_groups(small: Path, tmp_path: Path) -> None:
     model = build(small)
     names = list(named_groups(model))
     model.encoder = torch.compile(model.encoder, backend="eager")  # type: ignore[assignment]
     assert list(named_groups(model.train())) == names
+    with pytest.raises(ValueError, match=r"_orig_mod.* is not a parameter of BERT's encoder"):
+        model.save_pretrained(tmp_path / "saved")
 
 
 def test_a_head_of_ones_own(small: Path, tmp_path: Path) -> None:

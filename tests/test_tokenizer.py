@@ -101,6 +101,14 @@ ADDED = {"content": "[ENT]", "lstrip": False, "rstrip": False, "normalized": Fal
         ({"added_tokens_decoder": {"30522": {**ADDED, "special": False}}}, {"added_tokens.json": {"x": 30522}}),
         ({"additional_special_tokens": ["[unused5]", {**ADDED, "__type": "AddedToken"}]}, {}),
         ({"extra_special_tokens": ["[unused5]", "[ENT]"]}, {}),
+        ({"extra_special_tokens": {}, "additional_special_tokens": ["[ENT]"]}, {}),
+        ({"bos_token": "[BOS]", "additional_special_tokens": ["[ENT]"]}, {}),
+        ({"pad_token": "[PAD]"}, {"special_tokens_map.json": {"pad_token": "[ENT]"}}),
+        ({"tokenizer_class": "ElectraTokenizerFast", "additional_special_tokens": ["foo"]}, {}),
+        (
+            {"extra_special_tokens": [ADDED | {"content": "foo", "single_word": True, "__type": "AddedToken"}]},
+            {},
+        ),
         ({}, {"special_tokens_map.json": {"additional_special_tokens": ["[unused5]"]}}),
         ({}, {"special_tokens_map.json": {"mask_token": "[MASK]"}, "added_tokens.json": {"[ENT]": 30522}}),
     ],
@@ -128,6 +136,8 @@ def test_added_tokens_are_autotokenizers(
         ("added_tokens.json", {"[ENT]": 30600}, "token '[ENT]' should have the id 30600, but would have 30522"),
         ("added_tokens.json", {"[ENT]": "one"}, "token '[ENT]' should have the id one, but would have 30522"),
         ("special_tokens_map.json", {"pad_token": 5}, "has added tokens that cannot be read: 5 is not a token"),
+        ("special_tokens_map.json", {"cls_token": "[unused5]"}, "cls_token is '[unused5]', of a BertTokenizer"),
+        ("special_tokens_map.json", {"additional_special_tokens": "[ENT]"}, "'[ENT]' is not a list of tokens"),
         ("special_tokens_map.json", {"pad_token": "<pad>"}, None),
     ],
 )
@@ -171,6 +181,26 @@ def test_whose_normalizer_counts(minilm: Path, tmp_path: Path, kind: str | None,
         (directory / "tokenizer.json").write_text(json.dumps(published))
         expected = AutoTokenizer.from_pretrained(directory)(texts)["input_ids"]
         assert Tokenizer.from_pretrained(directory).token_ids(texts) == expected
+
+
+@pytest.mark.parametrize("part", ["pre_tokenizer", "clean_text", "longest", "none"])
+def test_a_tokenizer_of_ones_own_is_saved_as_it_is(minilm: Path, tmp_path: Path, part: str) -> None:
+    parts = json.loads((minilm / "tokenizer.json").read_text())
+    if part == "pre_tokenizer":
+        parts["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+    elif part == "clean_text":
+        parts["normalizer"]["clean_text"] = False
+    elif part == "longest":
+        parts["model"]["max_input_chars_per_word"] = 9
+    directory = layout(minilm, tmp_path / "model", [])
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(parts)))
+    for name, content in tokenizer.files().items():
+        (directory / name).write_bytes(content)
+    texts = ["it's a well-known case", "un\u0007known uncharacteristically"]
+    expected = tokenizer.token_ids(texts)
+    assert (expected == Tokenizer.from_pretrained(minilm).token_ids(texts)) == (part == "none")
+    assert Tokenizer.from_pretrained(directory).token_ids(texts) == expected
+    assert AutoTokenizer.from_pretrained(directory)(texts)["input_ids"] == expected
 
 
 def test_the_tokens_of_multilingual_models(tmp_path: Path) -> None:

@@ -141,13 +141,14 @@ def save_checkpoint(
         CheckpointError: the directory cannot be written.
         ValueError: the tensors are not those of such a model.
     """
+    family: Family = FAMILIES[config["model_type"]]
+    published = {family.to_published(key): tensor for key, tensor in tensors.items()}
     layers = {key.split(".")[1] for key in tensors if key.startswith("layers.")}
     if len(layers) != config["num_hidden_layers"]:
         raise ValueError(
             f"the model has {len(layers)} layers and its config says {config['num_hidden_layers']}: correct it "
             f"by model.config = dataclasses.replace(model.config, num_hidden_layers={len(layers)})"
         )
-    family: Family = FAMILIES[config["model_type"]]
     dtype = next(iter(tensors.values())).dtype
     written = {
         "architectures": [family.architecture],
@@ -157,7 +158,7 @@ def save_checkpoint(
     write_directory(
         Path(directory),
         {
-            "model.safetensors": {family.to_published(key): t for key, t in tensors.items()},
+            "model.safetensors": published,
             "config.json": to_json(written),
             **(other_files or {}),
         },

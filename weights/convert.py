@@ -31,10 +31,14 @@ def convert(name_or_path: str | Path, directory: str | Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"{source} has no {path.name} to convert")
     try:
-        published = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = no_weights(path) or f"cannot be read as tensors: {type(error).__name__}"
-        raise CheckpointError(f"{path} {reason}") from error
+        reason = no_weights(path)
+        published = None if reason else torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # a damaged pickle can raise anything, with advice that is not ours
+        raise CheckpointError(f"{path} cannot be read as tensors: {type(error).__name__}") from error
+    if reason:
+        raise CheckpointError(f"{path} {reason}")
     if not isinstance(published, dict) or not all(map(_is_named_tensor, published.items())):
         raise CheckpointError(
             f"{path} does not hold named tensors alone (it holds a {type(published).__name__})"

@@ -11,14 +11,18 @@ from weights.json_files import CheckpointError, read_json
 from weights.safetensors_files import INDEX, PICKLES, SINGLE
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
+# sentence-transformers'; last the one that names the others
+POOLING_FILES = (
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+    "modules.json",
+)
 OPTIONAL_FILES = (
     "tokenizer_config.json",
     "added_tokens.json",
     "special_tokens_map.json",
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-    "1_Pooling/config.json",
+    *POOLING_FILES,
 )
 
 
@@ -68,8 +72,7 @@ def resolve(name_or_path: str | Path) -> Path:
 def on_disk(name: str, whole: bool = True) -> Path | None:
     """Where a catalog name or `org/name` lies on this disk, or None. Touches no network.
 
-    Unless `whole`, a cached snapshot may lack its tokenizer, have its weights as a pickle only, or have
-    come without anyone asking for modules.json, which says how to pool.
+    Unless `whole`, a cached snapshot may lack its tokenizer, or have its weights as a pickle only.
     """
     entry = find(name)
     candidates = [Path(__file__).parent / name]
@@ -123,21 +126,41 @@ def _can_be_used(snapshot: Path, weights: str, whole: bool) -> bool:
         names = (weights,) if whole else (weights, *PICKLES)
         has_weights = any((snapshot / name).is_file() for name in names)
     has_tokenizer = any((snapshot / name).is_file() for name in TOKENIZER_FILES)
-    is_whole = has_tokenizer and not may_lack_modules(snapshot)
-    return has_weights and (is_whole or not whole) and (snapshot / "config.json").is_file()
+    return has_weights and (has_tokenizer or not whole) and (snapshot / "config.json").is_file()
 
 
-def may_lack_modules(directory: Path) -> bool:
-    """Whether this is a cached snapshot whose modules.json is neither there nor known not to be on the hub.
+def fetch_pooling(directory: Path) -> bool:
+    """Completes a cached snapshot that transformers fetched by the files that say how to pool.
 
-    transformers does not ask for it.
+    Asks the hub once: the cache notes what it does not have. Of other directories nothing is asked.
+
+    Returns:
+        False if the hub could not be asked.
     """
     storage = directory.parent.parent
-    if directory.parent.name != "snapshots" or (directory / "modules.json").is_file():
+    if directory.parent.name != "snapshots" or not storage.name.startswith("models--"):
+        return True
+    repo, commit = storage.name.removeprefix("models--").replace("--", "/"), directory.name
+    known_absent = storage / ".no_exist" / commit / POOLING_FILES[-1]
+    entry = find(repo)
+    if (directory / POOLING_FILES[-1]).is_file() or known_absent.is_file() or (entry and not entry.pooled):
+        return True
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        # As in `download`, an unreachable hub is noticed at once.
+        get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=commit))
+        for file in POOLING_FILES:
+            try:
+                hf_hub_download(repo, file, revision=commit, cache_dir=storage.parent)
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError:
+                continue
+    except Exception:  # whatever the reason is, the model can be loaded without
         return False
-    entry = find(storage.name.removeprefix("models--").replace("--", "/"))
-    known_absent = storage / ".no_exist" / directory.name / "modules.json"
-    return not known_absent.is_file() and (entry is None or entry.pooled)
+    return True
 
 
 def _weight_map(index: Path) -> dict[str, str]:
