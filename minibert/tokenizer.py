@@ -79,19 +79,21 @@ class Tokenizer:
             ModelNotFoundError: no such model on disk or on the hub.
             CheckpointError: no tokenizer files there, damaged ones, or another kind of tokenizer.
         """
+        import tokenizers
+
         directory = resolve(name_or_path)
         config = BertConfig.from_pretrained(directory)
         settings = _read_settings(directory / "tokenizer_config.json")
         sentence_settings = _read_settings(directory / "sentence_bert_config.json")
-        import tokenizers
-
         kind = settings.get("tokenizer_class") or read_json(directory / "config.json").get("tokenizer_class")
+        is_berts = kind in BERT_CLASSES
         if (directory / "tokenizer.json").is_file():
             backend = _from_tokenizer_json(directory / "tokenizer.json")
-            if kind in BERT_CLASSES and isinstance(backend.model, tokenizers.models.WordPiece):
+            is_berts = is_berts and isinstance(backend.model, tokenizers.models.WordPiece)
+            if is_berts:
                 _split_words(backend, settings)
         elif (directory / "vocab.txt").is_file():
-            if kind not in BERT_CLASSES:
+            if not is_berts:
                 raise CheckpointError(
                     f"{directory} wants a {kind}, which is not supported without tokenizer.json"
                 )
@@ -100,12 +102,9 @@ class Tokenizer:
             raise CheckpointError(f"{directory} has no tokenizer: neither tokenizer.json nor vocab.txt")
         special_tokens = _add_tokens(backend, directory, settings)
         for name in ("cls_token", "sep_token", "unk_token"):
-            if (
-                kind in BERT_CLASSES
-                and (other := special_tokens.get(name, SPECIAL_TOKENS[name])) != SPECIAL_TOKENS[name]
-            ):
+            if is_berts and special_tokens.get(name, SPECIAL_TOKENS[name]) != SPECIAL_TOKENS[name]:
                 raise CheckpointError(
-                    f"{directory}: {name} is {other!r}, of a BertTokenizer it must be BERT's own"
+                    f"{directory}: {name} is {special_tokens[name]!r}, of a BertTokenizer it must be BERT's own"
                 )
         if sentence_settings.get("do_lower_case") and not getattr(backend.normalizer, "lowercase", False):
             raise CheckpointError(
