@@ -201,8 +201,8 @@ def stratified_split(
         together[example.text if len(sources[example.text]) > 1 else index].append(index)
     strata: dict[tuple[object, ...], list[list[int]]] = defaultdict(list)
     for group in together.values():
-        kinds = [(examples[i].source, *sorted(examples[i].labels.items())) for i in group]
-        strata[sum(kinds, ())].append(group)
+        kinds = (part for i in group for part in (examples[i].source, *sorted(examples[i].labels.items())))
+        strata[tuple(kinds)].append(group)
     generator = torch.Generator().manual_seed(seed)
     shares = {key: fraction * len(members) for key, members in strata.items()}
     keys = sorted(strata, key=repr)

@@ -138,7 +138,7 @@ class MultiTaskModel(nn.Module):
         heads.json holds each task's sizes and label names, heads.safetensors the heads' weights.
 
         Raises:
-            CheckpointError: the directory cannot be written.
+            CheckpointError, ValueError: as `BertModel.save_pretrained`.
         """
         settings: dict[str, dict[str, Any]] = {}
         for name, head in self.heads.items():

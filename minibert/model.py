@@ -16,6 +16,7 @@ from minibert.inputs import check_inputs
 from minibert.layers import EncoderLayer, Pooler
 from minibert.packing import PaddedBatch
 from weights import load_checkpoint, resolve, save_checkpoint
+from weights.checkpoint import FLOATS
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class BertModel(nn.Module):
             CheckpointError: config.json or the weights cannot be used.
             ValueError: `attention` or `dtype` is none of those.
         """
-        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if dtype is not None and dtype not in FLOATS:
             raise ValueError(f"dtype is {dtype!r}, it must be torch.float32, bfloat16, float16 or float64")
         directory = resolve(name_or_path)
         config = BertConfig.from_pretrained(directory)
@@ -170,6 +171,7 @@ class BertModel(nn.Module):
 
         Raises:
             CheckpointError: the directory cannot be written.
+            ValueError: parameters that BERT does not have, or another number of layers than `config` says.
         """
         save_checkpoint(directory, self.config.to_dict(), self.state_dict())
 

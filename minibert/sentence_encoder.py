@@ -157,9 +157,7 @@ class SentenceEncoder(nn.Module):
             TypeError: not a string (which one is named).
             ValueError: a lone surrogate, or a batch_size below 1.
         """
-        blocks = list(
-            self._blocks(sentences, batch_size, normalize_embeddings, show_progress_bar, stacklevel=4)
-        )
+        blocks = list(self.encode_blocks(sentences, batch_size, normalize_embeddings, show_progress_bar))
         embeddings = blocks[0] if len(blocks) == 1 else self._join(blocks)  # (n, H)
         result = embeddings[0] if isinstance(sentences, str) else embeddings
         return result if convert_to_tensor else result.float().cpu().numpy()
@@ -175,29 +173,14 @@ class SentenceEncoder(nn.Module):
 
         Only one block of sentences is held (on a GPU, and one read ahead).
         """
-        return self._blocks(sentences, batch_size, normalize_embeddings, show_progress_bar, stacklevel=3)
-
-    def _blocks(
-        self,
-        sentences: str | Iterable[str],
-        batch_size: int | None,
-        normalize_embeddings: bool | None,
-        show_progress_bar: bool | None,
-        stacklevel: int,
-    ) -> Iterator[Tensor]:
         if batch_size is not None and (not isinstance(batch_size, SupportsIndex) or batch_size < 1):
             raise ValueError(f"batch_size is {batch_size!r}, it must be an integer from 1 up")
         texts = as_iterable(sentences)
         normalize = self.normalize_embeddings if normalize_embeddings is None else normalize_embeddings
-        return self._encode_blocks(texts, batch_size, normalize, show_progress_bar, stacklevel)
+        return self._encode_blocks(texts, batch_size, normalize, show_progress_bar)
 
     def _encode_blocks(
-        self,
-        texts: Iterable[str],
-        batch_size: int | None,
-        normalize: bool,
-        show_progress_bar: bool | None,
-        stacklevel: int,
+        self, texts: Iterable[str], batch_size: int | None, normalize: bool, show_progress_bar: bool | None
     ) -> Iterator[Tensor]:
         done, cut = 0, 0
         total = len(texts) if isinstance(texts, Sized) else None
@@ -209,7 +192,7 @@ class SentenceEncoder(nn.Module):
                 yield _to_length_one(embeddings) if normalize else embeddings
                 done += len(ids)
                 cut += cut_here
-        self.tokenizer.warn_if_cut(cut, done, stacklevel=stacklevel)
+        self.tokenizer.warn_if_cut(cut, done)
 
     def _on_gpu(self) -> bool:
         return self.model.device.type == "cuda"
@@ -262,7 +245,7 @@ class SentenceEncoder(nn.Module):
         `other_files` (name -> bytes, or tensors as safetensors) are written with them, all or nothing.
 
         Raises:
-            CheckpointError: the directory cannot be written.
+            CheckpointError, ValueError: as `BertModel.save_pretrained`.
         """
         files = module_files(
             self.pooling,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import inspect
 import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,29 +13,14 @@ import torch
 from torch import Tensor
 
 from minibert.config import BertConfig
+from minibert.tokenizer_files import SPECIAL_TOKENS, read_settings, read_tokenizer, tokenizer_files
 from weights import CheckpointError, resolve
-from weights.json_files import read_json, to_json
 
 if TYPE_CHECKING:
     import tokenizers
 
 # A backend is told its limit before each batch, so two threads must not do so at once.
 TRUNCATION = threading.Lock()
-SPECIAL_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
-NAMED_TOKENS = ("bos_token", "eos_token", *SPECIAL_TOKENS)  # in the order in which they are added
-WORDPIECE = {
-    "type": "WordPiece",
-    "unk_token": "[UNK]",
-    "continuing_subword_prefix": "##",
-    "max_input_chars_per_word": 100,
-}
-# Which build their own normalizer, whatever tokenizer.json says; None: named nowhere.
-BERT_CLASSES = (
-    None,
-    *("BertTokenizer", "BertTokenizerFast"),
-    *("DistilBertTokenizer", "DistilBertTokenizerFast"),
-    *("ElectraTokenizer", "ElectraTokenizerFast"),
-)
 
 
 class Tokenizer:
@@ -79,42 +64,15 @@ class Tokenizer:
             ModelNotFoundError: no such model on disk or on the hub.
             CheckpointError: no tokenizer files there, damaged ones, or another kind of tokenizer.
         """
-        import tokenizers
-
         directory = resolve(name_or_path)
         config = BertConfig.from_pretrained(directory)
-        settings = _read_settings(directory / "tokenizer_config.json")
-        sentence_settings = _read_settings(directory / "sentence_bert_config.json")
-        kind = settings.get("tokenizer_class") or read_json(directory / "config.json").get("tokenizer_class")
-        is_berts = kind in BERT_CLASSES
-        if (directory / "tokenizer.json").is_file():
-            backend = _from_tokenizer_json(directory / "tokenizer.json")
-            is_berts = is_berts and isinstance(backend.model, tokenizers.models.WordPiece)
-            if is_berts:
-                _split_words(backend, settings)
-        elif (directory / "vocab.txt").is_file():
-            if not is_berts:
-                raise CheckpointError(
-                    f"{directory} wants a {kind}, which is not supported without tokenizer.json"
-                )
-            backend = _from_vocabulary(directory / "vocab.txt", settings)
-        else:
-            raise CheckpointError(f"{directory} has no tokenizer: neither tokenizer.json nor vocab.txt")
-        special_tokens = _add_tokens(backend, directory, settings)
-        for name in ("cls_token", "sep_token", "unk_token"):
-            if is_berts and special_tokens.get(name, SPECIAL_TOKENS[name]) != SPECIAL_TOKENS[name]:
-                raise CheckpointError(
-                    f"{directory}: {name} is {special_tokens[name]!r}, of a BertTokenizer it must be BERT's own"
-                )
+        settings = read_settings(directory / "tokenizer_config.json")
+        sentence_settings = read_settings(directory / "sentence_bert_config.json")
+        backend, special_tokens = read_tokenizer(directory, settings)
         if sentence_settings.get("do_lower_case") and not getattr(backend.normalizer, "lowercase", False):
             raise CheckpointError(
                 f"{directory / 'sentence_bert_config.json'} says do_lower_case but the tokenizer is cased, "
                 "which is not supported: set it to false, or lower-case in tokenizer_config.json"
-            )
-        if settings.get("truncation_side", "right") != "right":
-            raise CheckpointError(
-                f"{directory / 'tokenizer_config.json'}: truncation_side is {settings['truncation_side']!r}, "
-                "only 'right' is supported"
             )
         limits = (settings.get("model_max_length"), sentence_settings.get("max_seq_length"))
         max_length = min([config.max_position_embeddings, *(int(limit) for limit in limits if limit)])
@@ -179,11 +137,14 @@ class Tokenizer:
         rows, cut = self._encode(texts, None, max_length, first)
         return [row.ids for row in rows], cut
 
-    def warn_if_cut(self, cut: int, texts: int, max_length: int | None = None, stacklevel: int = 3) -> None:
-        """One warning for all the texts that were too long, about the line so many calls up."""
+    def warn_if_cut(self, cut: int, texts: int, max_length: int | None = None) -> None:
+        """One warning for all the texts that were too long, about the line that called us."""
         if cut:
             limit = self.max_length if max_length is None else max_length
-            warnings.warn(f"{cut} of {texts} texts cut to {limit} tokens", stacklevel=stacklevel)
+            level, frame = 1, inspect.currentframe()
+            while frame and str(frame.f_globals.get("__name__")).partition(".")[0] in ("minibert", "heads"):
+                level, frame = level + 1, frame.f_back
+            warnings.warn(f"{cut} of {texts} texts cut to {limit} tokens", stacklevel=level)
 
     def _encode(
         self, texts: list[str], pairs: list[str] | None, max_length: int | None, first: int = 0
@@ -213,32 +174,7 @@ class Tokenizer:
         """tokenizer.json and tokenizer_config.json as transformers reads them, by name."""
         with TRUNCATION:
             serialised = self.backend.to_str(pretty=True)
-        parts = json.loads(serialised)
-        normalizer = parts["normalizer"] or {}
-        # What transformers makes of the vocabulary and the three lines below, when it reads "BertTokenizer":
-        is_berts = (
-            normalizer.get("type") == "BertNormalizer"
-            and normalizer["clean_text"]
-            and parts["pre_tokenizer"] == {"type": "BertPreTokenizer"}
-            and parts["post_processor"]
-            and {key: parts["model"].get(key) for key in WORDPIECE} == WORDPIECE
-        )
-        settings = {
-            "tokenizer_class": "BertTokenizer" if is_berts else "PreTrainedTokenizerFast",
-            "do_lower_case": normalizer.get("lowercase", True),
-            "strip_accents": normalizer.get("strip_accents"),
-            "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
-            "model_max_length": self.max_length,
-            **{
-                n: token
-                for n, token in self.special_tokens.items()
-                if self.backend.token_to_id(token) is not None
-            },
-        }
-        return {
-            "tokenizer.json": serialised.encode(),
-            "tokenizer_config.json": to_json(settings),
-        }
+        return tokenizer_files(serialised, self.special_tokens, self.max_length)
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
@@ -271,116 +207,3 @@ def check_texts(texts: Sequence[object], first: int = 0) -> None:
                 f"text {index} is not valid Unicode: character {error.start} is a lone surrogate "
                 f"({text[error.start]!a})"
             ) from error
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    """A file of settings that need not be there, those we use checked; null is as good as absent."""
-    published = read_json(path) if path.is_file() else {}
-    settings: dict[str, Any] = {name: value for name, value in published.items() if value is not None}
-    for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars"):
-        if type(settings.get(name, True)) is not bool:
-            raise CheckpointError(f"{path}: {name} is {settings[name]!r}, it must be true, false or null")
-    for name in ("model_max_length", "max_seq_length"):
-        limit = settings.get(name, 1)
-        if type(limit) not in (int, float) or limit < 1 or limit % 1 != 0:
-            raise CheckpointError(f"{path}: {name} is {limit!r}, it must be a number of tokens")
-    return settings
-
-
-def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
-    import tokenizers
-
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(f"{path} is not a tokenizer this can read: {error}") from error
-
-
-def _split_words(backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
-    """As a BertTokenizer does, by tokenizer_config.json alone."""
-    from tokenizers import normalizers, pre_tokenizers
-
-    backend.normalizer = normalizers.BertNormalizer(
-        lowercase=settings.get("do_lower_case", True),
-        strip_accents=settings.get("strip_accents"),
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-    )
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-
-
-def _from_vocabulary(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
-    import tokenizers
-    from tokenizers import decoders, models, processors
-
-    try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    vocabulary = {token: index for index, token in enumerate(lines)}
-    if missing := [token for token in SPECIAL_TOKENS.values() if token not in vocabulary]:
-        raise CheckpointError(f"{path} lacks the tokens {', '.join(missing)}: it is not BERT's vocabulary")
-    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    _split_words(backend, settings)
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
-    )
-    backend.decoder = decoders.WordPiece()
-    backend.add_special_tokens(list(SPECIAL_TOKENS.values()))
-    return backend
-
-
-def _add_tokens(backend: tokenizers.Tokenizer, directory: Path, settings: dict[str, Any]) -> dict[str, str]:
-    """Adds what the files beside the vocabulary add to it; returns what BERT's special tokens are called here.
-
-    As transformers: `added_tokens_decoder` makes the two older files superfluous.
-    """
-    from tokenizers import AddedToken
-
-    numbered = settings.get("added_tokens_decoder")
-    if numbered is None:
-        settings = settings | _read_settings(directory / "special_tokens_map.json")
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    try:
-        named = {name: _special(settings[name]) for name in NAMED_TOKENS if name in settings}
-        if not isinstance(extra, list | dict):
-            raise TypeError(f"{extra!r} is not a list of tokens")
-        special = [*named.values(), *map(_special, extra.values() if isinstance(extra, dict) else extra)]
-        contents = [token.content for token in special]
-        if numbered is not None:
-            added = {int(number): AddedToken(**_flags(token)) for number, token in numbered.items()}
-        else:
-            older = _read_settings(directory / "added_tokens.json")
-            added = {
-                number: AddedToken(token, special=token in contents, normalized=token not in contents)
-                for token, number in older.items()
-            }
-        for number, token in sorted(added.items()):
-            backend.add_tokens([token])
-            if (given := backend.token_to_id(token.content)) != number:
-                raise CheckpointError(
-                    f"{directory}: the added token {token.content!r} should have the id {number}, "
-                    f"but would have {given}"
-                )
-        known = {token.content for token in backend.get_added_tokens_decoder().values()}
-        backend.add_tokens([token for token in special if token.content not in known])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{directory} has added tokens that cannot be read: {error}") from error
-    return {name: token.content for name, token in named.items() if name in SPECIAL_TOKENS}
-
-
-def _special(published: Any) -> tokenizers.AddedToken:
-    from tokenizers import AddedToken
-
-    if not isinstance(published, str | dict):
-        raise TypeError(f"{published!r} is not a token")
-    return AddedToken(
-        **_flags({"content": published} if isinstance(published, str) else published) | {"special": True}
-    )
-
-
-def _flags(token: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in token.items() if name != "__type"}

@@ -186,7 +186,10 @@ def test_a_text_in_two_files_is_held_out_in_both_or_in_none() -> None:
     rest, held = stratified_split(a + b, 0.1, seed=0)
     assert not {e.text for e in rest} & {e.text for e in held}
     assert len({e.text for e in held}) == 15
-    assert any(held.count(e) == 1 and e.text in {o.text for o in held if o.source != e.source} for e in held)
+    both = {e.text for e in a} & {e.text for e in b}
+    times = Counter(e.text for e in held if e.text in both)
+    assert times
+    assert set(times.values()) == {2}
     assert Counter(e.source for e in rest + held) == {0: 90, 1: 90}
     only = [Example("one", {"a": "x"}, source=0), Example("one", {"a": "x"}, source=1)]
     rest, held = stratified_split([*only, *[Example(str(i), {"a": "y"}) for i in range(30)]], 0.5, seed=0)

@@ -14,6 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
+from heads import MLPHead, MultiTaskModel
 from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer
 from minibert.fast_inference import fast_copy
 from weights import CheckpointError
@@ -280,11 +281,17 @@ def test_prompts_and_truncation_are_refused(minilm: Path, tmp_path: Path, settin
 
 
 def test_a_warning_names_the_line_that_cut(tiny_encoder: SentenceEncoder) -> None:
-    with pytest.warns(UserWarning, match="1 of 1 texts cut to ") as caught:
-        tiny_encoder.encode("a " * 600)
-    with pytest.warns(UserWarning, match="1 of 1 texts cut to ") as caught_too:
-        list(tiny_encoder.encode_blocks("a " * 600))
-    assert [warning.filename for warning in [*caught, *caught_too]] == [__file__] * 2
+    model = MultiTaskModel(tiny_encoder.model, {"a": MLPHead(36, 5, 2)}, tokenizer=tiny_encoder.tokenizer)
+    for call in (
+        tiny_encoder.tokenizer,
+        tiny_encoder.tokenizer.token_ids,
+        tiny_encoder.encode,
+        lambda text: list(tiny_encoder.encode_blocks(text)),
+        model.predict,
+    ):
+        with pytest.warns(UserWarning, match="1 of 1 texts cut to ") as caught:
+            call("a " * 600)
+        assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_cut_layers_are_not_saved_under_the_old_number(tiny_encoder: SentenceEncoder, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_added_tokens_are_autotokenizers(
     ("file", "content", "message"),
     [
         ("added_tokens.json", {"[ENT]": 30600}, "token '[ENT]' should have the id 30600, but would have 30522"),
-        ("added_tokens.json", {"[ENT]": "one"}, "token '[ENT]' should have the id one, but would have 30522"),
+        ("added_tokens.json", {"[ENT]": "one"}, "has added tokens that cannot be read: invalid literal"),
         ("special_tokens_map.json", {"pad_token": 5}, "has added tokens that cannot be read: 5 is not a token"),
         ("special_tokens_map.json", {"cls_token": "[unused5]"}, "cls_token is '[unused5]', of a BertTokenizer"),
         ("special_tokens_map.json", {"additional_special_tokens": "[ENT]"}, "'[ENT]' is not a list of tokens"),

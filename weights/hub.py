@@ -145,22 +145,35 @@ def fetch_pooling(directory: Path) -> bool:
     entry = find(repo)
     if (directory / POOLING_FILES[-1]).is_file() or known_absent.is_file() or (entry and not entry.pooled):
         return True
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
     try:
-        # As in `download`, an unreachable hub is noticed at once.
-        get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=commit))
+        _ask(repo, commit)
         for file in POOLING_FILES:
-            try:
-                hf_hub_download(repo, file, revision=commit, cache_dir=storage.parent)
-            except LocalEntryNotFoundError:
-                raise
-            except EntryNotFoundError:
-                continue
+            _fetch_first(repo, commit, file, cache=storage.parent)
     except Exception:  # whatever the reason is, the model can be loaded without
         return False
     return True
+
+
+def _ask(repo: str, revision: str) -> None:
+    """Raises where the hub has no such model, or cannot be reached, which a download would retry for long."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision))
+
+
+def _fetch_first(repo: str, revision: str, *files: str, cache: Path | None = None) -> Path | None:
+    """The first of these files that the hub has."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    for file in files:
+        try:
+            return Path(hf_hub_download(repo, file, revision=revision, cache_dir=cache))
+        except LocalEntryNotFoundError:  # not "absent there": the hub could not be asked
+            raise
+        except EntryNotFoundError:
+            continue
+    return None
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -177,35 +190,19 @@ def download(name: str) -> Path:
         ModelNotFoundError: the hub cannot be reached, does not know the model, or refuses it.
         CheckpointError: the weights are not those the catalog pins; they are removed again.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub import hf_hub_download
 
     entry = find(name)
     repo, revision = (entry.repo, entry.revision) if entry else (name, "main")
-
-    def fetch(file: str) -> Path:
-        return Path(hf_hub_download(repo, file, revision=revision))
-
-    def fetch_first(*files: str) -> Path | None:
-        for file in files:
-            try:
-                return fetch(file)
-            except LocalEntryNotFoundError:  # not "absent there": the hub could not be asked
-                raise
-            except EntryNotFoundError:
-                continue
-        return None
-
     try:
-        # Asked once before: the download itself would retry an unreachable hub for half a minute.
-        get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision))
-        snapshot = fetch("config.json").parent
+        _ask(repo, revision)
+        snapshot = Path(hf_hub_download(repo, "config.json", revision=revision)).parent
         for file in (*TOKENIZER_FILES, *OPTIONAL_FILES):
-            fetch_first(file)
-        weights = fetch_first(entry.file) if entry else fetch_first(SINGLE, INDEX, PICKLES[0])
+            _fetch_first(repo, revision, file)
+        weights = _fetch_first(repo, revision, *([entry.file] if entry else [SINGLE, INDEX, PICKLES[0]]))
         if weights is not None and weights.name == INDEX:
             for shard in sorted(set(_weight_map(weights).values())):
-                fetch(shard)
+                hf_hub_download(repo, shard, revision=revision)
     except CheckpointError:
         raise
     except Exception as error:  # httpx's, requests' or the hub's own, depending on its version

@@ -1,0 +1,200 @@
+"""A tokenizer's files <-> the `tokenizers` library's object: vocabulary, settings, added tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weights import CheckpointError
+from weights.json_files import read_json, to_json
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# BERT's, and in which order transformers adds those that a vocabulary lacks
+SPECIAL_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
+NAMED_TOKENS = ("bos_token", "eos_token", *SPECIAL_TOKENS)
+WORDPIECE = {
+    "type": "WordPiece",
+    "unk_token": "[UNK]",
+    "continuing_subword_prefix": "##",
+    "max_input_chars_per_word": 100,
+}
+# Of these transformers reads the vocabulary, and takes all else from the settings. None: named nowhere.
+BERT_CLASSES = (
+    None,
+    *("BertTokenizer", "BertTokenizerFast"),
+    *("DistilBertTokenizer", "DistilBertTokenizerFast"),
+    *("ElectraTokenizer", "ElectraTokenizerFast"),
+)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A file of settings that need not be there, those we use checked; null is as good as absent."""
+    published = read_json(path) if path.is_file() else {}
+    settings: dict[str, Any] = {name: value for name, value in published.items() if value is not None}
+    for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars"):
+        if type(settings.get(name, True)) is not bool:
+            raise CheckpointError(f"{path}: {name} is {settings[name]!r}, it must be true, false or null")
+    if settings.get("truncation_side", "right") != "right":
+        raise CheckpointError(
+            f"{path}: truncation_side is {settings['truncation_side']!r}, only 'right' is supported"
+        )
+    for name in ("model_max_length", "max_seq_length"):
+        limit = settings.get(name, 1)
+        if type(limit) not in (int, float) or limit < 1 or limit % 1 != 0:
+            raise CheckpointError(f"{path}: {name} is {limit!r}, it must be a number of tokens")
+    return settings
+
+
+def read_tokenizer(directory: Path, settings: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """From tokenizer.json or vocab.txt, tokenizer_config.json's settings, and the tokens added beside them.
+
+    Also gives what the special tokens are called, where that is said (`{"pad_token": "<pad>"}`).
+
+    Raises:
+        CheckpointError: no such files, damaged ones, or another kind of tokenizer.
+    """
+    kind = settings.get("tokenizer_class") or read_json(directory / "config.json").get("tokenizer_class")
+    is_berts = kind in BERT_CLASSES
+    if (directory / "tokenizer.json").is_file():
+        backend = _from_tokenizer_json(directory / "tokenizer.json")
+        is_berts = is_berts and type(backend.model).__name__ == WORDPIECE["type"]
+        if is_berts:
+            _split_words(backend, settings)
+    elif not (directory / "vocab.txt").is_file():
+        raise CheckpointError(f"{directory} has no tokenizer: neither tokenizer.json nor vocab.txt")
+    elif is_berts:
+        backend = _from_vocabulary(directory / "vocab.txt", settings)
+    else:
+        raise CheckpointError(f"{directory} wants a {kind}, which is not supported without tokenizer.json")
+    special_tokens = _add_tokens(backend, directory, settings)
+    for name in ("cls_token", "sep_token", "unk_token"):
+        if is_berts and special_tokens.get(name, SPECIAL_TOKENS[name]) != SPECIAL_TOKENS[name]:
+            raise CheckpointError(
+                f"{directory}: {name} is {special_tokens[name]!r}, of a BertTokenizer it must be BERT's own"
+            )
+    return backend, special_tokens
+
+
+def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointError(f"{path} is not a tokenizer this can read: {error}") from error
+
+
+def _split_words(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
+    """As a BertTokenizer does, by tokenizer_config.json alone."""
+    from tokenizers import normalizers, pre_tokenizers
+
+    backend.normalizer = normalizers.BertNormalizer(
+        lowercase=settings.get("do_lower_case", True),
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+
+
+def _from_vocabulary(path: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    import tokenizers
+    from tokenizers import decoders, models, processors
+
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    vocabulary = {token: index for index, token in enumerate(lines)}
+    if missing := [token for token in SPECIAL_TOKENS.values() if token not in vocabulary]:
+        raise CheckpointError(f"{path} lacks the tokens {', '.join(missing)}: it is not BERT's vocabulary")
+    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    _split_words(backend, settings)
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
+    )
+    backend.decoder = decoders.WordPiece()
+    backend.add_special_tokens(list(SPECIAL_TOKENS.values()))
+    return backend
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Adds what the files beside the vocabulary add to it; returns what BERT's special tokens are called here.
+
+    As transformers: `added_tokens_decoder` makes the two older files superfluous.
+    """
+    from tokenizers import AddedToken
+
+    older: dict[str, int] = {}
+    if "added_tokens_decoder" not in settings:
+        settings = {**settings, **read_settings(directory / "special_tokens_map.json")}
+        if (path := directory / "added_tokens.json").is_file():
+            older = read_json(path)
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    try:
+        named = {name: _special(settings[name]) for name in NAMED_TOKENS if name in settings}
+        if not isinstance(extra, list | dict):
+            raise TypeError(f"{extra!r} is not a list of tokens")
+        special = [*named.values(), *map(_special, extra.values() if isinstance(extra, dict) else extra)]
+        contents = [token.content for token in special]
+        added = {
+            int(number): AddedToken(**_flags(token))
+            for number, token in settings.get("added_tokens_decoder", {}).items()
+        } | {
+            int(number): AddedToken(token, special=token in contents, normalized=token not in contents)
+            for token, number in older.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory} has added tokens that cannot be read: {error}") from error
+    backend.add_tokens([token for _, token in sorted(added.items())])
+    for number, token in added.items():
+        if (given := backend.token_to_id(token.content)) != number:
+            raise CheckpointError(
+                f"{directory}: the added token {token.content!r} should have the id {number}, "
+                f"but would have {given}"
+            )
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    backend.add_tokens([token for token in special if token.content not in known])
+    return {name: token.content for name, token in named.items() if name in SPECIAL_TOKENS}
+
+
+def _special(published: Any) -> tokenizers.AddedToken:
+    from tokenizers import AddedToken
+
+    if not isinstance(published, str | dict):
+        raise TypeError(f"{published!r} is not a token")
+    flags = {"content": published} if isinstance(published, str) else _flags(published)
+    return AddedToken(**flags | {"special": True})
+
+
+def _flags(token: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in token.items() if name != "__type"}
+
+
+def tokenizer_files(serialised: str, special_tokens: Mapping[str, str], max_length: int) -> dict[str, bytes]:
+    """The inverse of `read_tokenizer`, of what `tokenizers.Tokenizer.to_str` gives: file name -> contents."""
+    parts = json.loads(serialised)
+    normalizer = parts["normalizer"] or {}
+    vocabulary = {*dict(parts["model"]["vocab"]), *(token["content"] for token in parts["added_tokens"])}
+    # What transformers makes of the vocabulary and the three settings, when it reads "BertTokenizer":
+    is_berts = (
+        normalizer.get("type") == "BertNormalizer"
+        and normalizer["clean_text"]
+        and parts["pre_tokenizer"] == {"type": "BertPreTokenizer"}
+        and parts["post_processor"]
+        and {key: parts["model"].get(key) for key in WORDPIECE} == WORDPIECE
+    )
+    settings = {
+        "tokenizer_class": "BertTokenizer" if is_berts else "PreTrainedTokenizerFast",
+        "do_lower_case": normalizer.get("lowercase", True),
+        "strip_accents": normalizer.get("strip_accents"),
+        "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
+        "model_max_length": max_length,
+        **{name: token for name, token in special_tokens.items() if token in vocabulary},
+    }
+    return {"tokenizer.json": serialised.encode(), "tokenizer_config.json": to_json(settings)}
