@@ -155,7 +155,7 @@ class SentenceEncoder(nn.Module):
 
         Raises:
             TypeError: not a string (which one is named).
-            ValueError: a lone surrogate, or a batch_size below 1.
+            ValueError: a lone surrogate, a batch_size below 1, or a `dtype` wider than the model's.
         """
         blocks = list(self.encode_blocks(sentences, batch_size, normalize_embeddings, show_progress_bar))
         embeddings = blocks[0] if len(blocks) == 1 else self._join(blocks)  # (n, H)
@@ -206,6 +206,11 @@ class SentenceEncoder(nn.Module):
 
     def _embed(self, ids: list[list[int]], batch_size: int | None, progress: Callable[[int], object]) -> Tensor:
         fast = fast_copy(self.model, self.dtype)
+        if self.dtype and torch.promote_types(self.dtype, fast.dtype) != fast.dtype:
+            raise ValueError(
+                f"dtype is {self.dtype} and the model {fast.dtype}, which cannot hold it: leave it out, "
+                "or load the model in that dtype"
+            )
         head_size = fast.config.head_size
         if self.compiled and not has_varlen(fast.device, self.dtype or fast.dtype, head_size):
             raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor
 from minibert.config import BertConfig
 from minibert.tokenizer_files import SPECIAL_TOKENS, read_settings, read_tokenizer, tokenizer_files
 from weights import CheckpointError, resolve
+from weights.hub import LENGTH_FILES
 
 if TYPE_CHECKING:
     import tokenizers
@@ -67,11 +68,13 @@ class Tokenizer:
         directory = resolve(name_or_path)
         config = BertConfig.from_pretrained(directory)
         settings = read_settings(directory / "tokenizer_config.json")
-        sentence_settings = read_settings(directory / "sentence_bert_config.json")
+        candidates = [directory / name for name in LENGTH_FILES]
+        sentence_path = next(filter(Path.is_file, candidates), candidates[0])
+        sentence_settings = read_settings(sentence_path)
         backend, special_tokens = read_tokenizer(directory, settings)
         if sentence_settings.get("do_lower_case") and not getattr(backend.normalizer, "lowercase", False):
             raise CheckpointError(
-                f"{directory / 'sentence_bert_config.json'} says do_lower_case but the tokenizer is cased, "
+                f"{sentence_path} says do_lower_case but the tokenizer is cased, "
                 "which is not supported: set it to false, or lower-case in tokenizer_config.json"
             )
         limits = (settings.get("model_max_length"), sentence_settings.get("max_seq_length"))

@@ -83,9 +83,13 @@ def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     import tokenizers
 
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{path} is not a tokenizer this can read: {error}") from error
+    model = backend.model
+    if isinstance(model, tokenizers.models.WordPiece) and model.token_to_id(model.unk_token) is None:
+        raise CheckpointError(f"{path} lacks {model.unk_token} in its vocabulary, which unknown words become")
+    return backend
 
 
 def _split_words(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:

@@ -341,8 +341,9 @@ def test_mixed_dtypes_need_a_choice(copy: Path) -> None:
     def mix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return tensors | {"pooler.dense.bias": tensors["pooler.dense.bias"].half()}
 
-    assert "several dtypes (38 torch.float32, 1 torch.float16), choose one with dtype=" in error_of(
-        rewrite(copy, mix)
+    assert (
+        "several dtypes (38 torch.float32, 1 torch.float16), choose one, such as dtype=torch.float32"
+        in error_of(rewrite(copy, mix))
     )
     model = BertModel.from_pretrained(copy, dtype=torch.float32)
     assert {p.dtype for p in model.parameters()} == {torch.float32}

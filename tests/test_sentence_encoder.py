@@ -234,6 +234,12 @@ def test_bad_arguments(
     assert message in str(caught.value)
 
 
+def test_a_dtype_wider_than_the_models_is_refused(tiny_encoder: SentenceEncoder) -> None:
+    wide = SentenceEncoder(tiny_encoder.model, tiny_encoder.tokenizer, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"dtype is torch.float64 and the model torch.float32, which cannot"):
+        wide.encode("a")
+
+
 def test_unknown_pooling_is_refused(tiny_encoder: SentenceEncoder) -> None:
     with pytest.raises(ValueError, match="pooling is 'max', it must be mean or cls"):
         SentenceEncoder(tiny_encoder.model, tiny_encoder.tokenizer, pooling="max")

@@ -288,6 +288,9 @@ def test_limit_is_the_models_own(minilm: Path, tmp_path: Path) -> None:
     assert Tokenizer.from_pretrained(shorter).max_length == 99
     unlimited = layout(minilm, tmp_path / "c", ["vocab.txt"], model_max_length=int(1e30))
     assert Tokenizer.from_pretrained(unlimited).max_length == 512
+    # as sentence-transformers called it for a DistilBERT, before it had one name for all
+    (unlimited / "sentence_distilbert_config.json").write_text('{"max_seq_length": 128}')
+    assert Tokenizer.from_pretrained(unlimited).max_length == 128
 
 
 def test_cut_texts_are_counted_once_per_call(minilm: Path) -> None:
@@ -429,4 +432,9 @@ def test_bad_files(minilm: Path, tmp_path: Path) -> None:
         Tokenizer.from_pretrained(directory)
     (directory / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer.json is not a tokenizer this can read"):
+        Tokenizer.from_pretrained(directory)
+    published = json.loads((minilm / "tokenizer.json").read_text())
+    del published["model"]["vocab"]["[UNK]"]
+    (directory / "tokenizer.json").write_text(json.dumps(published))
+    with pytest.raises(CheckpointError, match=r"tokenizer.json lacks \[UNK\] in its vocabulary"):
         Tokenizer.from_pretrained(directory)

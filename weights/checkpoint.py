@@ -76,7 +76,9 @@ def _dtype_problems(stored: Mapping[str, torch.dtype], wanted: torch.dtype | Non
     kinds = Counter(dtype for dtype in stored.values() if dtype in FLOATS)
     if len(kinds) > 1 and wanted is None:
         counts = ", ".join(f"{count} {dtype}" for dtype, count in kinds.most_common())
-        problems.append(f"the tensors are stored in several dtypes ({counts}), choose one with dtype=")
+        problems.append(
+            f"the tensors are stored in several dtypes ({counts}), choose one, such as dtype=torch.float32"
+        )
     return problems
 
 

@@ -12,8 +12,9 @@ from weights.safetensors_files import INDEX, PICKLES, SINGLE
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 # sentence-transformers'; last the one that names the others
+LENGTH_FILES = ("sentence_bert_config.json", "sentence_distilbert_config.json")
 POOLING_FILES = (
-    "sentence_bert_config.json",
+    *LENGTH_FILES,
     "config_sentence_transformers.json",
     "1_Pooling/config.json",
     "modules.json",
