@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             status = int(arguments.run(arguments))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where standard output is closed
+            sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         return 130
@@ -213,7 +214,7 @@ def _sentences(given: list[str], file: Path | None) -> Iterable[str]:
         with file.open("rb") as stream:
             yield from read_lines(str(file), stream)
     elif given in ([], ["-"]):
-        if not given and (sys.stdin is None or sys.stdin.isatty()):
+        if sys.stdin is None or (not given and sys.stdin.isatty()):
             raise ValueError("nothing to encode: give sentences, a text file, or pipe text in")
         yield from read_lines("standard input", sys.stdin.buffer)
     else:

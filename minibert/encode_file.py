@@ -235,7 +235,8 @@ def _read_record(file: Path) -> dict[str, Any]:
 
 def _write_record(file: Path, record: dict[str, Any]) -> None:
     temporary = Path(f"{file}.json.new")
-    temporary.write_bytes(to_json(record))
+    with _whole_or_gone(temporary):
+        temporary.write_bytes(to_json(record))
     temporary.replace(record_file(file))
 
 
@@ -278,17 +279,24 @@ def _check_whole(file: Path, task: dict[str, Any]) -> None:
 def _create(file: Path, rows: int, width: int) -> None:
     """An array of zeros on the disk, all of whose room is taken now: a full disk is noticed before the work."""
     record_file(file).unlink(missing_ok=True)  # of an earlier file of this name
-    array: NDArray[np.float32] = np.lib.format.open_memmap(
-        file, mode="w+", dtype=np.float32, shape=(rows, width)
-    )
-    del array
-    if hasattr(os, "posix_fallocate"):
-        with file.open("r+b") as stream:
-            try:
+    with _whole_or_gone(file):
+        array: NDArray[np.float32] = np.lib.format.open_memmap(
+            file, mode="w+", dtype=np.float32, shape=(rows, width)
+        )
+        del array
+        if hasattr(os, "posix_fallocate"):
+            with file.open("r+b") as stream:
                 os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
-            except OSError as error:
-                file.unlink()
-                raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+@contextmanager
+def _whole_or_gone(file: Path) -> Iterator[None]:
+    """On a full disk nothing is left of a file that is being written, and the error names it."""
+    try:
+        yield
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def _write(file: Path, row: int, block: NDArray[np.float32]) -> None:

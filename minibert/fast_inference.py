@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minibert.attention import AttentionFunction
 from minibert.config import BertConfig
+from minibert.embeddings import Embeddings
 from minibert.fast_attention import varlen_attention
 from minibert.fused_layers import fuse, has_hook, is_plain, lighten, replace
 from minibert.layers import EncoderLayer
@@ -41,18 +41,34 @@ def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> BertModel:
     both are shared: then `training` is true, and whoever runs it sets the model's mode. `dtype` is what the
     Linears compute in (the weights' own if None); all else stays as it is.
     """
-    state = _identities(model), dtype
+    model = getattr(model, "_orig_mod", model)  # of a compiled one
+    state = _identities(model), dtype, model.config
     with _LOCK:
-        if model not in _COPIES or _COPIES[model][0] != state:
-            _COPIES.pop(model, None)  # before its successor takes as much memory
-            # With the parameters, so that no later one can have the identity of one of them.
-            _COPIES[model] = (state, new_fast_copy(model, dtype), list(model.parameters()))
-        return _COPIES[model][1]
+        kept: _Kept = vars(model).setdefault("_kept", _Kept())
+        if kept.copy is None or kept.state != state:
+            kept.copy, kept.weights = None, ()  # before their successors take as much memory
+            kept.copy, kept.state = new_fast_copy(model, dtype), state
+            kept.weights = [(parameter, parameter.detach()) for parameter in model.parameters()]
+        return kept.copy
 
 
-def _identities(model: BertModel) -> list[int]:
+class _Kept:
+    """A fast copy and what it was made from; an attribute of its model, but not copied or pickled with it.
+
+    `weights` are there so that no later parameter can have the identity or the memory of one of them.
+    """
+
+    copy: BertModel | None = None
+    state: object = None
+    weights: Sequence[object] = ()
+
+    def __reduce__(self) -> tuple[type["_Kept"], tuple[()]]:
+        return _Kept, ()
+
+
+def _identities(model: BertModel) -> list[object]:
     """What changes with the model. (`parameters()` takes 3% of encoding a short sentence.)"""
-    state: list[int] = []
+    state: list[object] = []
     modules: list[nn.Module | None] = [model]
     for module in modules:  # which grows as it is walked
         if module is None:  # `model.pooler = None`
@@ -61,8 +77,8 @@ def _identities(model: BertModel) -> list[int]:
         if "forward" in module.__dict__:  # somebody's own
             state.append(id(module.forward))
         for parameter in module._parameters.values():
-            if parameter is not None:  # an inference tensor has no version, and cannot change
-                version = 0 if parameter.is_inference() else parameter._version
+            if parameter is not None:  # of an inference tensor nothing tells whether it has changed
+                version = object() if parameter.is_inference() else parameter._version
                 state += (id(parameter), version, parameter.data_ptr())
         modules += module._modules.values()
     return [*state, *map(id, modules)]
@@ -70,7 +86,6 @@ def _identities(model: BertModel) -> list[int]:
 
 M = TypeVar("M", bound=nn.Module)
 _LOCK = threading.Lock()  # threads may encode at the same time
-_COPIES: WeakKeyDictionary[BertModel, tuple[object, BertModel, list[nn.Parameter]]] = WeakKeyDictionary()
 
 
 def _note_fused_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -88,9 +103,10 @@ def new_fast_copy(model: BertModel, dtype: torch.dtype | None = None, layers: in
     """A `fast_copy` that nobody else keeps; of the lowest `layers` only, if given."""
     keep_freed_memory()
     fast = _twin(model)
-    fast.__dict__.pop("forward", None)  # somebody's own; it would keep the model alive
-    fast.embeddings = _twin(model.embeddings)
-    lighten(fast.embeddings, "token_type", "position", "norm", "dropout")
+    vars(fast).pop("_kept", None)
+    if isinstance(model.embeddings, Embeddings):
+        fast.embeddings = _twin(model.embeddings)
+        lighten(fast.embeddings, "token_type", "position", "norm", "dropout")
     called = []
     for layer in list(model.layers)[:layers]:
         if isinstance(layer, EncoderLayer):
@@ -126,7 +142,7 @@ def run_texts(
     """
     device = fast.device
     order = sorted((i for i, row in enumerate(ids) if row), key=lambda i: -len(ids[i]))
-    for batch in _cut(order, ids, batch_size, token_budget(fast.config, device)):
+    for batch in cut(order, ids, batch_size, token_budget(fast.config, device)):
         packed = PackedBatch.from_rows([ids[i] for i in batch], fast.config, device)
         yield batch, packed.packing, run(fast, packed, compiled=compiled)
 
@@ -137,7 +153,7 @@ def token_budget(config: BertConfig, device: torch.device) -> int:
     return min(TOKEN_BUDGET[kind], NUMBERS[kind] // config.hidden_size)
 
 
-def _cut(
+def cut(
     order: list[int], ids: Sequence[Sequence[int]], batch_size: int | None, budget: int
 ) -> Iterator[list[int]]:
     """`order` in pieces of `batch_size` texts or, if that is None, of at most `budget` tokens or one text."""

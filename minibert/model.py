@@ -133,6 +133,7 @@ class BertModel(nn.Module):
             yield hidden, weights
 
     @classmethod
+    @torch.inference_mode(False)  # otherwise a model loaded inside that mode could not be trained outside it
     def from_pretrained(
         cls,
         name_or_path: str | Path = "bert-base-uncased",

@@ -21,7 +21,10 @@ def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def cls_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
-    """The vector of the first token that the mask keeps, [CLS]. All else as `mean_pooling`."""
+    """The vector of the first token that the mask keeps, [CLS], or of the first at all if it keeps none.
+
+    Shapes, dtypes and errors as `mean_pooling`.
+    """
     check_mask(attention_mask, last_hidden_state.shape[:2])
     first = attention_mask.int().argmax(1)  # (B,), 0 unless padded on the left
     rows = torch.arange(len(first), device=first.device)  # (B,)

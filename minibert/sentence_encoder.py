@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, SupportsIndex, TypeVar, overload
 
@@ -17,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert.fast_attention import has_varlen
-from minibert.fast_inference import fast_copy, run_texts
+from minibert.fast_inference import cut, fast_copy, run_texts, token_budget
+from minibert.fused_layers import has_hook
 from minibert.model import BertModel
 from minibert.onednn import onednn_products
 from minibert.packing import send, sum_by_halves
@@ -25,6 +27,7 @@ from minibert.pooling import cls_pooling, mean_pooling
 from minibert.sentence_transformers_files import module_files, read_modules
 from minibert.tokenizer import Tokenizer, as_iterable
 from weights import resolve, save_checkpoint
+from weights.hub import OPTIONAL_FILES, TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -55,14 +58,23 @@ class SentenceEncoder(nn.Module):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling is {pooling!r}, it must be {' or '.join(POOLINGS)}")
         self.model = model
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.normalize_embeddings = normalize_embeddings
         self.dtype = dtype
         self.compiled = compile
+
+    @property
+    def pooling(self) -> str:
+        """What a sentence's vector is made of. Raises ValueError when set to what there is not."""
+        return self._pooling
+
+    @pooling.setter
+    def pooling(self, pooling: str) -> None:
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling is {pooling!r}, it must be {' or '.join(POOLINGS)}")
+        self._pooling = pooling
 
     @classmethod
     def from_pretrained(
@@ -88,8 +100,13 @@ class SentenceEncoder(nn.Module):
         directory = resolve(name_or_path)
         pooling, normalize = read_modules(directory)
         in_encode_only = dtype == torch.bfloat16
+        model = BertModel.from_pretrained(
+            directory, attention=attention, dtype=None if in_encode_only else dtype
+        )
+        if in_encode_only and model.dtype == torch.float16:
+            model.float()  # float16 has no room for the numbers of bfloat16
         return cls(
-            BertModel.from_pretrained(directory, attention=attention, dtype=None if in_encode_only else dtype),
+            model,
             Tokenizer.from_pretrained(directory),
             pooling=pooling,
             normalize_embeddings=normalize,
@@ -136,7 +153,8 @@ class SentenceEncoder(nn.Module):
 
         A sentence's numbers are the same to the last bit whatever else is encoded with it (where:
         docs/performance.md). In float32 they differ from those of `forward`, which pads, by at most
-        1e-6 of the embedding's length.
+        1e-6 of the embedding's length. (Where `forward` is not ours, or has a hook, it is called, with texts
+        of one length at a time: slower, in the model's own dtype, and bits may depend on the batch.)
 
         Weights may have changed since the last call, but for what torch does not record: after writing
         into `.data`, or by numpy or a collective into a detached tensor, call
@@ -205,6 +223,20 @@ class SentenceEncoder(nn.Module):
             done += len(block)
 
     def _embed(self, ids: list[list[int]], batch_size: int | None, progress: Callable[[int], object]) -> Tensor:
+        embeddings = self._empty(len(ids)).zero_()  # a text without any token stays zero
+        if _is_ours(self, SentenceEncoder) and _is_ours(self.model, BertModel):
+            fast = self._fast_copy()
+            results = self._pooled(fast, ids, batch_size)
+            mode = evaluating(self.model) if fast.training else torch.inference_mode()
+        else:
+            results, mode = self._by_forward(ids, batch_size), evaluating(self)
+        with mode, onednn_products() if embeddings.is_cpu else nullcontext():
+            for batch, vectors in results:
+                embeddings.index_copy_(0, send(np.array(batch), embeddings.device), vectors)
+                progress(len(batch))
+        return embeddings
+
+    def _fast_copy(self) -> BertModel:
         fast = fast_copy(self.model, self.dtype)
         if self.dtype and torch.promote_types(self.dtype, fast.dtype) != fast.dtype:
             raise ValueError(
@@ -217,16 +249,22 @@ class SentenceEncoder(nn.Module):
                 "compile=True needs a GPU (Ampere or newer), dtype=torch.bfloat16, torch 2.11 and a head size "
                 f"that is a multiple of 8 up to 256 (it is {head_size}): leave it out"
             )
-        embeddings = self._empty(len(ids)).zero_()  # a text without any token stays zero
-        with (
-            evaluating(self.model) if fast.training else torch.inference_mode(),
-            onednn_products() if embeddings.is_cpu else nullcontext(),
-        ):
-            for batch, packing, hidden in run_texts(fast, ids, batch_size, compiled=self.compiled):
-                pool = packing.mean if self.pooling == "mean" else packing.first
-                embeddings.index_copy_(0, send(np.array(batch), embeddings.device), pool(hidden))
-                progress(len(batch))
-        return embeddings
+        return fast
+
+    def _pooled(
+        self, fast: BertModel, ids: list[list[int]], batch_size: int | None
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Which texts make a batch, and their vectors (batch, H)."""
+        for batch, packing, hidden in run_texts(fast, ids, batch_size, compiled=self.compiled):
+            yield batch, packing.mean(hidden) if self.pooling == "mean" else packing.first(hidden)
+
+    def _by_forward(self, ids: list[list[int]], batch_size: int | None) -> Iterator[tuple[list[int], Tensor]]:
+        """As `_pooled`, by `forward`; texts of one length at a time, so without padding."""
+        device, config = self.model.device, self.model.config
+        by_length = sorted((i for i, row in enumerate(ids) if row), key=lambda i: len(ids[i]))
+        for _, run in groupby(by_length, key=lambda i: len(ids[i])):
+            for batch in cut(list(run), ids, batch_size, token_budget(config, device)):
+                yield batch, self(torch.tensor([ids[i] for i in batch], device=device))
 
     def _join(self, blocks: list[Tensor]) -> Tensor:
         """(n, H) of all; takes them off the list one by one, so that each is freed once it is copied."""
@@ -258,12 +296,20 @@ class SentenceEncoder(nn.Module):
             hidden_size=self.model.config.hidden_size,
             max_seq_length=self.tokenizer.max_length,
         )
+        files |= self.tokenizer.files()
+        of_another = dict.fromkeys({*TOKENIZER_FILES, *OPTIONAL_FILES} - files.keys())  # that was here before
         save_checkpoint(
             directory,
             self.model.config.to_dict(),
             self.model.state_dict(),
-            self.tokenizer.files() | files | dict(other_files or {}),
+            {**files, **(other_files or {}), **of_another},
         )
+
+
+def _is_ours(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether it computes what this kind of module does: nobody's hook or own `forward` is in between."""
+    module = getattr(module, "_orig_mod", module)  # of a compiled one
+    return type(module).forward is kind.forward and "forward" not in vars(module) and not has_hook(module)
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def save_checkpoint(
     directory: str | Path,
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    other_files: Mapping[str, bytes | Mapping[str, Tensor]] | None = None,
+    other_files: Mapping[str, bytes | Mapping[str, Tensor] | None] | None = None,
 ) -> None:
     """Writes config.json and model.safetensors as published (and `other_files`), all or nothing.
 
@@ -144,6 +144,7 @@ def save_checkpoint(
         ValueError: the tensors are not those of such a model.
     """
     family: Family = FAMILIES[config["model_type"]]
+    tensors = {key.removeprefix("_orig_mod."): tensor for key, tensor in tensors.items()}  # of a compiled model
     published = {family.to_published(key): tensor for key, tensor in tensors.items()}
     layers = {key.split(".")[1] for key in tensors if key.startswith("layers.")}
     if len(layers) != config["num_hidden_layers"]:

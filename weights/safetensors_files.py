@@ -139,8 +139,10 @@ def _what_it_is(path: Path) -> str:
     return "is a damaged safetensors file"
 
 
-def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Tensor]]) -> None:
+def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Tensor] | None]) -> None:
     """Writes files (relative name -> bytes, or tensors as safetensors), all of them or none.
+
+    None means that there is to be no file of this name: one of an earlier model is removed in the end.
 
     Everything is written and flushed to a temporary place first. A new directory then appears in
     one rename; in an existing one each file is replaced whole, in the order given.
@@ -160,14 +162,18 @@ def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Te
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=place) as staging:
             fresh = Path(staging) / "fresh"
             for name, content in files.items():
-                _write(fresh / name, content)
+                if content is not None:
+                    _write(fresh / name, content)
             if not exists:
                 fresh.rename(directory)
                 return
             for name in files:
                 (directory / name).parent.mkdir(exist_ok=True)
-            for name in files:
-                (fresh / name).replace(directory / name)
+            for name, content in files.items():
+                if content is None:
+                    (directory / name).unlink(missing_ok=True)
+                else:
+                    (fresh / name).replace(directory / name)
     except (OSError, SafetensorError) as error:  # a full disk comes as the latter
         raise CheckpointError(f"{directory} cannot be written: {error}") from error
 
