@@ -7,16 +7,14 @@ from dataclasses import dataclass
 class CatalogEntry:
     """One published checkpoint at one commit.
 
-    `file` is the weights file, `size` its length in bytes and `sha256` its digest (hex); `pooled` whether
-    a modules.json beside it says how to pool. `carrier` is a pip requirement whose package holds the very
-    same files in `carrier_folder`.
+    `file` is the weights file and `sha256` its digest (hex); `pooled` whether a modules.json beside it says
+    how to pool. `carrier` is a pip requirement whose package holds the very same files in `carrier_folder`.
     """
 
     name: str
     repo: str
     revision: str
     file: str
-    size: int
     sha256: str
     licence: str
     pooled: bool = False
@@ -30,7 +28,6 @@ CATALOG = (
         repo="google-bert/bert-base-uncased",
         revision="86b5e0934494bd15c9632b12f734a8a67f723594",
         file="model.safetensors",
-        size=440449768,
         sha256="68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3",
         licence="Apache-2.0",
     ),
@@ -39,7 +36,6 @@ CATALOG = (
         repo="sentence-transformers/all-MiniLM-L6-v2",
         revision="1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
         file="model.safetensors",
-        size=90868376,
         sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         licence="Apache-2.0",
         pooled=True,
@@ -51,7 +47,6 @@ CATALOG = (
         repo="distilbert/distilbert-base-uncased",
         revision="12040accade4e8a0f71eabdb258fecc2e7e948be",
         file="model.safetensors",
-        size=267954768,
         sha256="5e3f1108e3cb34ee048634875d8482665b65ac713291a7e32396fb18f6ff0063",
         licence="Apache-2.0",
     ),
@@ -60,7 +55,6 @@ CATALOG = (
         repo="dmis-lab/biobert-v1.1",
         revision="551ca18efd7f052c8dfa0b01c94c2a8e68bc5488",
         file="pytorch_model.bin",
-        size=433286112,
         sha256="8e87cb27d889186c442feff2bea53f8cce2c5fc24d4bc88bf08ccd3821b138dc",
         licence="not stated on its hub page",
     ),
