@@ -193,9 +193,5 @@ def are_exact() -> bool:
         return False
     kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     numbers = 1 + torch.arange(64 * 64, **kind).view(1, 64, 64) * 2.0**-23  # all alike to bfloat16's 8 bits
-    with _lock, torch.autocast("cpu", enabled=False):
-        before, _SETTING.fp32_precision = _SETTING.fp32_precision, "bf16"
-        try:
-            return torch.equal(numbers @ torch.eye(64, **kind)[None], numbers)
-        finally:
-            _SETTING.fp32_precision = before
+    with _through("bf16"), torch.autocast("cpu", enabled=False):
+        return torch.equal(numbers @ torch.eye(64, **kind)[None], numbers)
