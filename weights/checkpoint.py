@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weights.hub import resolve
 from weights.json_files import CheckpointError, read_json, to_json
-from weights.key_maps import FAMILIES, Family, is_ignored
+from weights.key_maps import FAMILIES, is_ignored
 from weights.safetensors_files import read_tensors, write_directory
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that a model may be in
@@ -30,7 +30,7 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     published: dict[str, str]
-    problems: list[str] = field(default_factory=list)
+    problems: list[str]
 
     def tensors_for(
         self, shapes: Mapping[str, torch.Size], dtype: torch.dtype | None = None
@@ -143,7 +143,7 @@ def save_checkpoint(
         CheckpointError: the directory cannot be written.
         ValueError: the tensors are not those of such a model.
     """
-    family: Family = FAMILIES[config["model_type"]]
+    family = FAMILIES[config["model_type"]]
     tensors = {key.removeprefix("_orig_mod."): tensor for key, tensor in tensors.items()}  # of a compiled model
     published = {family.to_published(key): tensor for key, tensor in tensors.items()}
     layers = {key.split(".")[1] for key in tensors if key.startswith("layers.")}
