@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.encode import make_texts
+from benchmarks.encode import make_texts, ratio
 from benchmarks.load import save_base_size
 from heads.data import DEMO, SentenceDataset, epoch_batches, label_names, read_examples
 from minibert import Tokenizer
@@ -153,19 +153,15 @@ def measure(
             for loop, results in runs.items():
                 results.append(run(loop, directory, strategy, corpus, sentences))
                 print(".", end="", flush=True, file=sys.stderr)
-
-        def ratio(one: str, other: str, runs: dict[str, list[dict[str, float]]] = runs) -> float:
-            pairs = zip(runs[one], runs[other], strict=True)
-            return statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)
-
+        seconds = {loop: [result["seconds"] for result in results] for loop, results in runs.items()}
         table[strategy] = {
-            **{loop: statistics.median(r["seconds"] for r in results) for loop, results in runs.items()},
-            "same/exact": ratio("same batches", "exact"),
-            "padded/exact": ratio("padded", "exact"),
-            "same/fast": ratio("same batches", "fast"),
-            "padded/fast": ratio("padded", "fast"),
+            **{loop: statistics.median(each) for loop, each in seconds.items()},
+            "same/exact": ratio(seconds["same batches"], seconds["exact"]),
+            "padded/exact": ratio(seconds["padded"], seconds["exact"]),
+            "same/fast": ratio(seconds["same batches"], seconds["fast"]),
+            "padded/fast": ratio(seconds["padded"], seconds["fast"]),
             **{
-                f"{loop} MB": statistics.median(r["MB"] for r in runs[loop])
+                f"{loop} MB": statistics.median(result["MB"] for result in runs[loop])
                 for loop in ("exact", "fast", "padded")
             },
         }
