@@ -45,18 +45,7 @@ def main() -> int:
     for strategy in arguments.freeze:
         with tempfile.TemporaryDirectory() as run:
             command = ["--model", str(directory), "--freeze", strategy, "--steps", str(arguments.steps)]
-            command += [
-                "--batch-size",
-                "32",
-                "--lr",
-                "1e-4",
-                "--head-lr",
-                "1e-3",
-                "--seed",
-                "1",
-                "--output",
-                run,
-            ]
+            command += [*"--batch-size 32 --lr 1e-4 --head-lr 1e-3 --seed 1 --output".split(), run]
             for task in TASKS:
                 command += ["--task", f"{task}=label", "--train", f"{task}={arguments.sets}/{task}_train.csv"]
                 command += ["--validation", f"{task}={arguments.sets}/{task}_validation.csv"]
