@@ -19,28 +19,7 @@ from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer
 from minibert.fast_inference import fast_copy
 from weights import CheckpointError
 
-WORDS = [
-    "a",
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "mat",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "lazy",
-    "dog",
-    "sky",
-    "blue",
-    "unbelievable",
-    "2024",
-    "!",
-    ",",
-    ".",
-]
+WORDS = "a the cat sat on mat quick brown fox jumps over lazy dog sky blue unbelievable 2024 ! , .".split()
 
 
 def sentences(count: int, longest: int = 40, seed: int = 0) -> list[str]:
