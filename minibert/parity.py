@@ -1,6 +1,6 @@
 """Holds the encoder against transformers, piece by piece, to the last bit.
 
-The only file outside the tests that imports transformers, and only when `run` is called.
+Imports transformers, as nothing else in the package does, and only when `run` is called.
 """
 
 from __future__ import annotations
