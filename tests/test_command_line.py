@@ -80,7 +80,7 @@ def test_normalize_and_batch_size(expected: np.ndarray, tmp_path: Path) -> None:
     np.testing.assert_allclose(raw / np.linalg.norm(raw, axis=1, keepdims=True), expected, atol=5e-7)
 
 
-def test_a_long_sentence_is_no_file_name(expected: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_sentence_is_no_file_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["encode", *MODEL, "word " * 100]) == 0
     with warnings.catch_warnings():
         warnings.simplefilter("default")

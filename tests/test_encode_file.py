@@ -125,7 +125,6 @@ def test_a_killed_run_goes_on(minilm: Path, tmp_path: Path) -> None:
 )
 def test_another_run_cannot_be_gone_on_with(
     small: Path,
-    tiny: Path,
     text: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -199,7 +198,7 @@ def test_only_the_array_was_removed(small: Path, text: Path, monkeypatch: pytest
     )
 
 
-def test_a_kill_between_the_two_renames(small: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_kill_between_the_two_renames(small: Path, text: Path) -> None:
     assert encode(small, text) == 0
     text.with_name("out.npy.json").replace(text.with_name("out.npy.part.json"))
     before = text.with_name("out.npy").stat().st_mtime_ns

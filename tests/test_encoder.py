@@ -1,7 +1,6 @@
 """The encoder without transformers: PyTorch's own layer as oracle, behaviour, and every bad input."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -211,7 +210,7 @@ def test_bad_configs(fields: dict[str, Any], message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_config_round_trip(tmp_path: Path) -> None:
+def test_config_round_trip() -> None:
     assert BertConfig.from_dict(CONFIG.to_dict()) == CONFIG
     assert BertConfig.from_dict({"use_cache": True, "position_embedding_type": "absolute"}) == BertConfig()
     assert BertConfig().head_size == 64

@@ -615,7 +615,7 @@ def test_short_and_long_texts_in_two_threads(minilm: Path) -> None:
             np.testing.assert_array_equal(embeddings, expected[i % 2])
 
 
-def test_a_batch_says_what_is_wrong_with_it(tiny: Path) -> None:
+def test_a_batch_says_what_is_wrong_with_it() -> None:
     config = BertConfig(vocab_size=10, max_position_embeddings=4)
     with pytest.raises(ValueError, match=r"input_ids\[2\] is 10, it must be from 0 to 9"):
         PackedBatch.from_rows([[1, 2], [10, 3]], config, CPU)

@@ -116,7 +116,7 @@ def shell(hub: Hub, tmp_path: Path) -> Shell:
 
 
 @pytest.fixture
-def published(tiny: Path, minilm: Path, tmp_path: Path) -> Path:
+def published(tiny: Path, tmp_path: Path) -> Path:
     """What a repository holds: random tiny weights with a small vocabulary of their own."""
     directory = Path(shutil.copytree(tiny, tmp_path / "published"))
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]

@@ -332,7 +332,7 @@ def test_batch_tokens(main: Main) -> None:
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_loss_that_is_not_finite(
-    main: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str, tmp_path: Path
+    main: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """In step 12 of 24: best/ and last/ stay those of the first epoch."""
     calls = []
@@ -493,7 +493,7 @@ train.main(command.split())
 
 
 def test_resuming_something_else_says_what_differs(
-    main: Main, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [(f"sentence {i}", "ab"[i % 2]) for i in range(40)]
     data = table(

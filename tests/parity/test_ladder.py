@@ -27,7 +27,7 @@ def hidden(pair: Pair) -> Tensor:
 
 
 @pytest.fixture
-def mask(hidden: Tensor) -> Tensor:
+def mask() -> Tensor:
     mask = torch.rand(3, 13, generator=torch.Generator().manual_seed(1)) < 0.6
     mask[:, 0] = True
     return mask
