@@ -57,7 +57,7 @@ def print_epoch(title: str, record: Mapping[str, Any], majorities: Mapping[str, 
     """An epoch's record (see train.py) as a line per task."""
     print(title)
     for task, scores in record["validation"].items():
-        train = record["train"].get(task, {"loss": None, "accuracy": None})
+        train = record["train"][task]
         print(
             f"  {task:<12} train: loss {shown(train['loss'])}, accuracy {percent(train['accuracy'])}"
             f"   validation: loss {shown(scores['loss'])}, accuracy {percent(scores['accuracy'])},"
@@ -137,7 +137,7 @@ def _history(epochs: list[dict[str, Any]]) -> str:
     rows = []
     for record in epochs:
         for task, scores in record["validation"].items():
-            train = record["train"].get(task, {"loss": None, "accuracy": None})
+            train = record["train"][task]
             numbers = [shown(train["loss"]), percent(train["accuracy"]), shown(scores["loss"])]
             numbers += [percent(scores["accuracy"]), shown(scores["macro_f1"])]
             rows.append([str(record["epoch"] + 1), str(record["step"]), task, *numbers])
@@ -184,7 +184,7 @@ def draw(
         figure = Figure(figsize=(9, 3.5), layout="constrained")
         for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
             for part in ("train", "validation"):
-                values = [record[part].get(task, {}).get(metric) for record in epochs]
+                values = [record[part][task][metric] for record in epochs]
                 axes.plot(steps, [float("nan") if v is None else v for v in values], marker="o", label=part)
             for step in changes:
                 axes.axvline(

@@ -30,12 +30,11 @@ class Progress:
         old = self.totals.get(task, [0.0, 0.0, 0.0])
         self.totals[task] = [a + b for a, b in zip(old, (loss, hits, labels), strict=True)]
 
-    def means(self) -> dict[str, dict[str, float]]:
-        """The epoch's training loss and accuracy, of tasks that had labels."""
+    def means(self) -> dict[str, dict[str, float | None]]:
+        """The epoch's training loss and accuracy per task, None where it had no labels."""
         return {
-            task: {"loss": loss / labels, "accuracy": hits / labels}
+            task: {"loss": loss / labels if labels else None, "accuracy": hits / labels if labels else None}
             for task, (loss, hits, labels) in self.totals.items()
-            if labels
         }
 
     def judge(self, score: float) -> bool:
