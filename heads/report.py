@@ -154,7 +154,7 @@ def _history(epochs: list[dict[str, Any]]) -> str:
 def _confusions(name: str, tasks: Mapping[str, TaskMetrics], labels: Mapping[str, tuple[str, ...]]) -> str:
     parts = [f"## Confusion on {name}: rows are true, columns predicted"]
     for task, m in tasks.items():
-        names = labels.get(task) or tuple(map(str, range(len(m.confusion))))
+        names = labels[task]
         if len(names) > LEGIBLE:
             parts.append(f"{task}: {len(names)} classes, see report.json")
             continue
@@ -195,7 +195,7 @@ def draw(
         save(figure, f"curves-{task}.png")
     for name, tasks in results.items():
         for task, m in tasks.items():
-            classes = labels.get(task) or tuple(map(str, range(len(m.confusion))))
+            classes = labels[task]
             size = 2.5 + 0.4 * min(len(classes), LEGIBLE)
             figure = Figure(figsize=(size, size), layout="constrained")
             axes = figure.subplots()
