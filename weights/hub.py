@@ -244,12 +244,6 @@ def _reason(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def sha256(file: Path) -> str:
-    """The hex digest of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def verify(directory: Path, entry: CatalogEntry) -> None:
     """Checks a model's weights file against what the catalog pins.
 
@@ -259,7 +253,9 @@ def verify(directory: Path, entry: CatalogEntry) -> None:
     file = directory / entry.file
     if not file.is_file():
         raise CheckpointError(f"{directory} has no {entry.file}, which the catalog pins for {entry.name}")
-    if (digest := sha256(file)) != entry.sha256:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != entry.sha256:
         raise CheckpointError(
             f"{file} is not the published {entry.name}: its sha256 is {digest}, the catalog pins "
             f"{entry.sha256}; remove it and fetch it again"
