@@ -16,6 +16,7 @@ from minibert import BertModel, SentenceEncoder, Tokenizer, mean_pooling
 from minibert.freezing import keep_frozen_in_eval
 from minibert.sentence_encoder import evaluating
 from weights import CheckpointError, resolve, save_checkpoint
+from weights.hub import TOKENIZER_FILES
 from weights.json_files import read_json, to_json
 from weights.safetensors_files import read_file
 
@@ -178,7 +179,7 @@ class MultiTaskModel(nn.Module):
         settings = read_json(directory / SETTINGS).get("heads")
         if not isinstance(settings, dict):
             raise CheckpointError(f"{directory / SETTINGS} has no `heads`: save_pretrained did not write it")
-        has_tokenizer = any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
+        has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
         given = dict(heads or {})
         if unknown := sorted(given.keys() - settings.keys()):
             raise ValueError(f"{directory} has no head {unknown[0]!r}, it has: {', '.join(settings)}")
