@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from heads.losses import MISSING
 from minibert import Tokenizer
+from minibert.text_lines import decoded
 from minibert.tokenizer import pad
 
 DEMO = Path(__file__).with_name("demo.csv")
@@ -97,23 +98,15 @@ def _rows(path: Path, needed: Sequence[str], split: str | None) -> Iterator[tupl
         raise DataError(f"cannot tell what {path} is: its name must end in .csv, .tsv or .jsonl")
     try:
         with path.open("rb") as file:
-            lines = _decoded(path, file)
+            lines = decoded(str(path), file)
             if kind == ".jsonl":
                 yield from _json_rows(path, lines, {*needed, split})
             else:
                 yield from _table_rows(path, lines, needed)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _decoded(path: Path, lines: Iterator[bytes]) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})"
-            ) from error
+    except UnicodeError as error:
+        raise DataError(str(error)) from error
 
 
 def _table_rows(

@@ -1,9 +1,20 @@
-"""Text files with a sentence a line."""
+"""Text files, line by line."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+
+
+def decoded(name: str, stream: Iterable[bytes]) -> Iterator[str]:
+    """The lines as text, ends included. Raises UnicodeError, saying where, at what is not UTF-8."""
+    for number, line in enumerate(stream, start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UnicodeError(
+                f"{name}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})"
+            ) from error
 
 
 def read_lines(name: str, stream: Iterable[bytes]) -> Iterator[str]:
@@ -12,15 +23,10 @@ def read_lines(name: str, stream: Iterable[bytes]) -> Iterator[str]:
     Raises:
         ValueError: not UTF-8 (says where), or not a single line.
     """
-    number = 0
-    for number, line in enumerate(stream, start=1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{name}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})"
-            ) from error
-    if number == 0:
+    line = None
+    for line in decoded(name, stream):
+        yield line.rstrip("\r\n")
+    if line is None:
         raise ValueError(f"{name} is empty: nothing to encode")
 
 
