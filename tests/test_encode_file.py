@@ -39,6 +39,12 @@ def files(text: Path) -> set[str]:
     return {path.name for path in text.parent.iterdir()} - {"in.txt"}
 
 
+def assert_holds(text: Path, model: Path, lines: list[str]) -> None:
+    """That out.npy is what `encode` gives for these lines."""
+    expected = SentenceEncoder.from_pretrained(model).encode(lines)
+    np.testing.assert_array_equal(np.load(text.with_name("out.npy")), expected)
+
+
 def stop_after(monkeypatch: pytest.MonkeyPatch, blocks: int, error: BaseException) -> None:
     """Lets so many blocks be computed, then raises."""
     whole = sentence_encoder._read_block
@@ -56,9 +62,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, blocks: int, error: BaseExceptio
 def test_a_file_is_what_encode_gives(small: Path, text: Path) -> None:
     assert encode(small, text) == 0
     assert files(text) == {"out.npy", "out.npy.json"}
-    np.testing.assert_array_equal(
-        np.load(text.with_name("out.npy")), SentenceEncoder.from_pretrained(small).encode(LINES)
-    )
+    assert_holds(text, small, LINES)
 
 
 def test_a_stopped_run_goes_on_where_it_was(
@@ -85,9 +89,7 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert encode(small, text, "--resume") == 0
     assert encoded == LINES[8:]
     assert files(text) == {"out.npy", "out.npy.json"}
-    np.testing.assert_array_equal(
-        np.load(text.with_name("out.npy")), SentenceEncoder.from_pretrained(small).encode(LINES)
-    )
+    assert_holds(text, small, LINES)
     encoded.clear()
     assert encode(small, text, "--resume") == 0  # it is whole: nothing to do
     assert encoded == []
@@ -193,9 +195,7 @@ def test_only_the_array_was_removed(small: Path, text: Path, monkeypatch: pytest
         with pytest.raises(SystemExit):
             encode(small, text)
     assert encode(small, text, "--resume") == 0
-    np.testing.assert_array_equal(
-        np.load(text.with_name("out.npy")), SentenceEncoder.from_pretrained(small).encode(LINES)
-    )
+    assert_holds(text, small, LINES)
 
 
 def test_a_kill_between_the_two_renames(small: Path, text: Path) -> None:
@@ -216,9 +216,7 @@ def test_a_stopped_run_counts_for_more_than_an_older_whole_one(
         stop_after(patch, 2, KeyboardInterrupt())
         assert encode(small, text) == 130
     assert encode(small, text, "--resume") == 0
-    np.testing.assert_array_equal(
-        np.load(text.with_name("out.npy")), SentenceEncoder.from_pretrained(small).encode(LINES[::-1])
-    )
+    assert_holds(text, small, LINES[::-1])
 
 
 @pytest.mark.parametrize("change", ["shorter", "other"])
@@ -324,9 +322,7 @@ def test_shards_of_a_longer_name_are_others(small: Path, text: Path) -> None:
         assert encode(small, text, "--shard", shard, output="out.npy") == 0
         assert encode(small, text, "--shard", shard, "--normalize", output="out-v2.npy") == 0
     assert main(["merge", str(text.with_name("out.npy"))]) == 0
-    np.testing.assert_array_equal(
-        np.load(text.with_name("out.npy")), SentenceEncoder.from_pretrained(small).encode(LINES)
-    )
+    assert_holds(text, small, LINES)
 
 
 def test_a_damaged_shard_is_named(small: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
