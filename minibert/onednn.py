@@ -20,10 +20,13 @@ FEWEST_MULTIPLICATIONS = 16**3
 
 HAS_AMX = bool(torch.cpu._is_amx_tile_supported())  # Intel's matrix registers, for bfloat16
 
-# With AMX oneDNN sums a long row of a bfloat16 product in parts, and which ones depends on how many rows there
-# are and on the threads; but not on the way to tanh, up to SHORT_SUM numbers. And tanh(x) is x where x is TINY:
-# so that is how FEW_ROWS are summed, and all others alike. Where a trial finds no way to do so with all rows at
-# once, some at a time are multiplied, as many of them (MANY_ROWS) as one shows to be summed alike.
+# With AMX oneDNN sums a long row of a bfloat16 product in parts; in which ones depends on how many rows and
+# threads there are. What goes through GELU or tanh behind the product is summed whole, up to SHORT_SUM numbers;
+# and tanh(x) is x where x is tiny. So a product without an activation is made of inputs scaled by TINY, sent
+# through tanh and scaled back: "unsplit". FEW_ROWS are always summed whole, and all others must be summed like
+# them. The plain product is faster, so `_way` tries whether it comes to the same for a number of rows. Where no
+# way does so for all rows at once they are multiplied in pieces, each the largest of MANY_ROWS for which one
+# does.
 FEW_ROWS = 32
 MANY_ROWS = (4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64)
 SHORT_SUM = 1024
