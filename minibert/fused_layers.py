@@ -138,11 +138,7 @@ def fuse(layer: EncoderLayer, hidden_act: str, dtype: torch.dtype | None) -> Non
         down = feed_forward.down
         size = onednn.block(down.weight, dtype or down.weight.dtype)
         as_published = feed_forward.activation is ACTIVATIONS[hidden_act]  # so each number by itself
-        if (
-            size < down.in_features
-            and as_published
-            and not isinstance(_lighter(feed_forward.dropout), nn.Module)
-        ):
+        if size < down.in_features and as_published and _lighter(feed_forward.dropout) is _unchanged:
             replace(layer, "feed_forward", FeedForwardInParts(feed_forward, hidden_act, dtype, size))
         else:
             replace(layer, "feed_forward", FusedFeedForward(feed_forward, hidden_act, dtype))
