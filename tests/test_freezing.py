@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from heads import MLPHead, MultiTaskLoss, MultiTaskModel
-from minibert import BertModel, SentenceEncoder
+from minibert import BertConfig, BertModel, SentenceEncoder
 from minibert.freezing import FreezePlan, named_groups, set_groups
+from tests.conftest import TINY
 
 EMBEDDINGS = ["embeddings"]
 LAYERS = ["layers.0", "layers.1", "layers.2"]
@@ -48,9 +49,10 @@ STRATEGIES = [spec for spec, epoch, trained in TRAINED if trained and (epoch == 
 
 
 @pytest.fixture
-def model(small: Path) -> MultiTaskModel:
+def model() -> MultiTaskModel:
     torch.manual_seed(0)
-    encoder = BertModel.from_pretrained(small)
+    fields: dict[str, Any] = TINY | {"num_hidden_layers": 3, "initializer_range": 0.1}
+    encoder = BertModel(BertConfig(**fields)).eval()
     return MultiTaskModel(encoder, {"type": MLPHead(36, 13, 3), "sentiment": MLPHead(36, 7, 5)})
 
 
@@ -60,7 +62,7 @@ def batch(seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     mask[:, 0] = True
     labels = {"type": torch.randint(3, (6,), generator=generator)}
     labels["sentiment"] = torch.randint(5, (6,), generator=generator)
-    return torch.randint(30522, (6, 11), generator=generator), mask, labels
+    return torch.randint(TINY["vocab_size"], (6, 11), generator=generator), mask, labels
 
 
 def train_step(model: MultiTaskModel, optimizer: torch.optim.Optimizer, seed: int) -> None:
