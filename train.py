@@ -9,14 +9,14 @@ what can be frozen in minibert/freezing.py, the files of a run in heads/run_dire
 
 from __future__ import annotations
 
-import itertools
+import io
 import math
 import os
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,10 @@ def build_model(options: Options, tasks: list[str], examples: list[Example]) -> 
         encoder = BertModel.from_pretrained(directory, dtype=torch.float32)
     new = [task for task in tasks if task not in heads]
     if options.eval_only and (new or not heads):
-        raise ValueError(f"--eval-only: {options.model} has no head for {new[0] if new else 'any task'}")
+        known = f"its heads are: {', '.join(heads)}" if heads else "and none at all"
+        raise ValueError(
+            f"--eval-only: {options.model} has no head for {new[0] if new else 'any task'}, {known}"
+        )
     labels |= label_names(examples, new)
     torch.manual_seed(options.seed)
     for task in new:
@@ -125,15 +128,24 @@ def train(
     state.clear()  # mapped from a file that is going to be replaced
     depths = [plan.frozen_depth(model, epoch) for epoch in range(len(epochs))]
 
-    def save() -> None:
+    def save(record: dict[str, Any] | None = None, *, best: bool = False) -> None:
+        """Writes last/; at the end of an epoch first its record and, if the model is the best so far, best/."""
         check_weights(step, progress)
         tensors = collect(step, optimizer, processes)
-        processes.from_first(lambda: run.save("last", model, progress, tensors))
+
+        def write() -> None:
+            if record is not None:
+                run.log(record)
+            if best:
+                run.save("best", model)
+            run.save("last", model, progress, tensors)
+
+        processes.from_first(write)
 
     def stop_if_interrupted() -> None:
         if any(processes.totals([float(len(caught))])):  # in any process
             save()
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(run.path)
 
     with catching_interrupts() as caught:
         for epoch in range(progress.epoch, len(epochs)):
@@ -191,27 +203,24 @@ def train(
                 if interrupted or (options.save_every and progress.step % options.save_every == 0):
                     save()
                 if interrupted:
-                    raise KeyboardInterrupt
+                    raise KeyboardInterrupt(run.path)
             bar.close()
             title = f"{title}, step {progress.step}{bar.speed()}"
 
             check_weights(step, progress)
             metrics = processes.from_first(lambda: evaluate(model, sets["validation"], processes))
             better = progress.judge(score(metrics, options.metric))
-            if processes.is_first:
-                record = {"epoch": epoch, "step": progress.step, "trained": plan.trained(model, epoch)}
-                record |= {"train": progress.means(), "validation": {t: asdict(m) for t, m in metrics.items()}}
-                run.log(record)
-                print_epoch(title, record, baseline(sets, "validation"))
-                if better:
-                    run.save("best", model)
+            record = {"epoch": epoch, "step": progress.step, "trained": plan.trained(model, epoch)}
+            record |= {"train": progress.means(), "validation": {t: m.scores() for t, m in metrics.items()}}
             stop = bool(options.patience) and progress.stale >= options.patience
             progress.next_epoch(finished=stop or epoch + 1 == len(epochs))
-            save()
+            save(record, best=better)
+            if processes.is_first:
+                print_epoch(title, record, baseline(sets, "validation"))
             if stop:
                 break
             if any(processes.totals([float(len(caught))])):
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(run.path)
 
 
 def all_batches(options: Options, dataset: SentenceDataset) -> list[list[list[int]]]:
@@ -304,14 +313,15 @@ def check_weights(step: TrainingStep, progress: Progress) -> None:
 # ---------------------------------------------------------------------------------------- all of a run
 
 
-def run_all(options: Options, processes: Processes) -> None:
-    """Data, model, training or only evaluation, report."""
+def run_all(options: Options, processes: Processes, held: ExitStack) -> None:
+    """Data, model, training or only evaluation, report. Holds the run's directory until `held` is closed."""
     examples, tasks = read_sets(options)
     progress = Progress({name: fingerprint(some) for name, some in examples.items()}, processes.count)
     state: dict[str, Tensor] = {}
     run = None
     if options.resume:
         run = RunDirectory(str(options.output))
+        processes.from_first(partial(hold, run, held))
         processes.from_first(run.recover)
         progress, state = run.load(progress)
     start = replace(options, model=f"{options.output}/last") if state else options
@@ -322,7 +332,7 @@ def run_all(options: Options, processes: Processes) -> None:
     assert model.tokenizer is not None
     sets = {name: SentenceDataset(some, model.tokenizer, model.labels) for name, some in examples.items()}
     if options.eval_only:
-        run = open_run(options, model, processes) if options.output else None
+        run = open_run(options, model, processes, held) if options.output else None
     else:
         plan = options.plan()
         plan.apply(model, progress.epoch)
@@ -333,7 +343,9 @@ def run_all(options: Options, processes: Processes) -> None:
         if run is not None and state:
             processes.from_first(partial(run.rewind, progress))
         else:
-            run = open_run(options, model, processes)
+            run = open_run(options, model, processes, held)
+        if processes.is_first:
+            print(f"in {run.path}", flush=True)
         if plan.trains_nothing(model):
             if processes.is_first:
                 print(f"--freeze {options.freeze} leaves nothing to train: this only evaluates")
@@ -364,6 +376,11 @@ def check_settings(
     judged = [task] if task else list(model.heads)
     if not any((sets["validation"].labels[name] != MISSING).any() for name in judged):
         raise ValueError(f"--metric {options.metric}: no validation sentence has a label for it")
+    for task in judged:
+        if not (sets["validation"].labels[task] != MISSING).any():
+            warnings.warn(
+                f"no validation sentence has a label for {task}: best/ is chosen without it", stacklevel=1
+            )
     for name in plan.trained(model, sys.maxsize):
         task = name.removeprefix("heads.")
         if task in model.heads and not (sets["train"].labels[task] != MISSING).any():
@@ -373,12 +390,19 @@ def check_settings(
             )
 
 
-def open_run(options: Options, model: MultiTaskModel, processes: Processes) -> RunDirectory:
+def hold(run: RunDirectory, held: ExitStack) -> None:
+    """Keeps other processes out of a run's directory until `held` is closed."""
+    held.enter_context(run.alone())
+
+
+def open_run(options: Options, model: MultiTaskModel, processes: Processes, held: ExitStack) -> RunDirectory:
     """The directory of a new run, made by the first process."""
 
     def begin() -> Path:
-        free = (path for i in itertools.count(1) if not (path := Path("runs", str(i))).exists())
-        path = Path(options.output) if options.output else next(free)
+        path = Path(options.output) if options.output else next_directory()
+        run = RunDirectory(path)
+        if not options.resume:
+            hold(run, held)
         taken = [name for name in ("config.json", "metrics.jsonl", "best", "last") if (path / name).exists()]
         if taken and not options.resume:
             raise ValueError(
@@ -386,10 +410,21 @@ def open_run(options: Options, model: MultiTaskModel, processes: Processes) -> R
             )
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         # best, last, a new last beside it, and twice the optimizer's two numbers per parameter
-        RunDirectory(path).begin(options.resolved(), 0 if options.eval_only else 8 * size)
+        run.begin(options.resolved(), 0 if options.eval_only else 8 * size)
         return path
 
     return RunDirectory(processes.from_first(begin))
+
+
+def next_directory() -> Path:
+    """The first of runs/1, runs/2, ... that could be made: of runs begun at once each gets its own."""
+    number = 1
+    while True:
+        try:
+            (path := Path("runs", str(number))).mkdir(parents=True)
+            return path
+        except FileExistsError:
+            number += 1
 
 
 def finish(
@@ -407,14 +442,15 @@ def finish(
         sets[name].forget_features()
         results[name] = evaluate(model, sets[name], processes)
         majorities[name] = baseline(sets, name)
+    if run is not None:
+        plan = "evaluated only" if options.eval_only else options.plan().summary(model, epoch)
+        write_report(run, results, labels=model.labels, majorities=majorities, plan=plan)
     print_results(results, majorities)
     print()
     for sentence, prediction in zip(EXAMPLES, model.predict(EXAMPLES), strict=True):
         answers = (f"{task}: {p['label']} ({p['probability']:.0%})" for task, p in prediction.items())
         print(f"{sentence:<36}  {'   '.join(answers)}")
     if run is not None:
-        plan = "evaluated only" if options.eval_only else options.plan().summary(model, epoch)
-        write_report(run, results, labels=model.labels, majorities=majorities, plan=plan)
         models = (
             "" if options.eval_only else "best/ and last/ (MultiTaskModel.from_pretrained), metrics.jsonl, "
         )
@@ -422,22 +458,30 @@ def finish(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: done. 2: an error, in one sentence on stderr. 130: Ctrl-C or SIGTERM; what was done is saved."""
+    """0: done. 2: an error, in one sentence on stderr. 130: Ctrl-C or SIGTERM; what was done is saved.
+
+    141: nobody reads standard output any more; the same.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter still shows the rest
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), ExitStack() as held:
             warnings.showwarning = show_warning
             options = read_options(argv)
             keep_freed_memory()
             processes = Processes(options.device, bf16=options.bf16)
-            try:
-                with onednn_products() if options.fast else nullcontext():
-                    run_all(options, processes)
-            finally:
-                processes.close()
+            held.callback(processes.close)
+            if options.fast:
+                held.enter_context(onednn_products())
+            run_all(options, processes, held)
         return 0
-    except KeyboardInterrupt:
-        tell("interrupted; a run that has begun goes on with --output DIR --resume")
+    except KeyboardInterrupt as interrupt:
+        path = interrupt.args[0] if interrupt.args else "DIR"  # a run that has not begun has none
+        tell(f"interrupted; a run that has begun goes on with --output {path} --resume")
         return 130
+    except BrokenPipeError:  # `... | head` has seen enough; what was done is saved
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except FirstFailedError:
         return 2  # the first process has said why
     except (torch.OutOfMemoryError, MemoryError) as error:

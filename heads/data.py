@@ -26,6 +26,7 @@ from minibert.tokenizer import pad
 
 DEMO = Path(__file__).with_name("demo.csv")
 SPLITS = ("train", "validation", "test")
+SAY_WHICH = "say which by --text COLUMN and --task NAME=COLUMN"
 POOL = 16  # so many batches' sentences are sorted by length together
 
 
@@ -70,7 +71,7 @@ def read_examples(
         where = f"{path}, line {line}"
         columns |= row.keys()
         if text not in row:
-            raise DataError(f"{where}: no column {text!r}, there are: {_listed(row)}")
+            raise DataError(f"{where}: no column {text!r}, there are: {_listed(row)}; {SAY_WHICH}")
         if not row[text].strip():
             raise DataError(f"{where}: the text (column {text!r}) is empty")
         part = row.get(split, "").strip() if split else ""
@@ -83,7 +84,9 @@ def read_examples(
         raise DataError(f"{path} holds no examples")
     for task, column in tasks.items():
         if column not in columns:
-            raise DataError(f"{path} has no column {column!r} for {task}, it has: {_listed(sorted(columns))}")
+            raise DataError(
+                f"{path} has no column {column!r} for {task}, it has: {_listed(sorted(columns))}; {SAY_WHICH}"
+            )
     return examples
 
 
@@ -121,7 +124,9 @@ def _table_rows(
         if repeated := [name for name in names if name and names.count(name) > 1]:
             raise DataError(f"{path}, line 1: two columns are named {repeated[0]!r}")
         if names and (missing := [name for name in needed if name not in names]):
-            raise DataError(f"{path}, line 1: no column {missing[0]!r}, there are: {_listed(names)}")
+            raise DataError(
+                f"{path}, line 1: no column {missing[0]!r}, there are: {_listed(names)}; {SAY_WHICH}"
+            )
         line = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(names):
@@ -170,7 +175,7 @@ def label_names(examples: Sequence[Example], tasks: Sequence[str]) -> dict[str, 
         if len(found) < 2:
             has = f"only the label {found.pop()!r}" if found else "no label at all"
             raise DataError(f"the training examples have {has} for {task}: there must be two or more")
-        numbers = all(label.isdecimal() for label in found)
+        numbers = all(label.isdecimal() and len(label) < 4300 for label in found)  # longer ones int() refuses
         names[task] = tuple(sorted(found, key=lambda label: (int(label) if numbers else 0, label)))
     return names
 

@@ -140,9 +140,11 @@ class MultiTaskModel(nn.Module):
 
         Raises:
             CheckpointError, ValueError: as `BertModel.save_pretrained`.
+            ValueError: a head, put in since, that `MultiTaskModel` would refuse.
         """
         settings: dict[str, dict[str, Any]] = {}
         for name, head in self.heads.items():
+            _check_head(name, head, self.encoder.config.hidden_size, self.labels.get(name))
             settings[name] = {"labels": list(self.labels[name])} if name in self.labels else {}
             if isinstance(head, MLPHead):
                 sizes = {"hidden": head.hidden.in_features, "width": head.hidden.out_features}
@@ -176,6 +178,11 @@ class MultiTaskModel(nn.Module):
             ValueError: `heads` has one that was not saved, or as `BertModel.from_pretrained`.
         """
         directory = resolve(name_or_path)
+        if not (directory / SETTINGS).is_file():
+            raise CheckpointError(
+                f"{directory} has no {SETTINGS}, so no MultiTaskModel was saved there: put heads on one "
+                "by MultiTaskModel(BertModel.from_pretrained(...), {...})"
+            )
         settings = read_json(directory / SETTINGS).get("heads")
         if not isinstance(settings, dict):
             raise CheckpointError(f"{directory / SETTINGS} has no `heads`: save_pretrained did not write it")
@@ -197,8 +204,9 @@ class MultiTaskModel(nn.Module):
             raise CheckpointError(f"{directory / SETTINGS}: {error}") from error
         try:
             tensors = read_file(directory / TENSORS)
-            for key, parameter in model.heads.named_parameters():
-                parameter.data = parameter.data.to(dtype or tensors.get(key, parameter).dtype)
+            for key, tensor in [*model.heads.named_parameters(), *model.heads.named_buffers()]:
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(dtype or tensors.get(key, tensor).dtype)
             model.heads.load_state_dict(tensors)
         except RuntimeError as error:
             raise CheckpointError(
@@ -212,6 +220,8 @@ def _check_head(name: str, head: nn.Module, hidden_size: int, labels: Sequence[s
         raise ValueError(
             f"{name!r} cannot be the name of a task: use letters, digits, _ and - (not `training`)"
         )
+    if not isinstance(head, nn.Module):
+        raise ValueError(f"head {name} is {type(head).__name__}, it must be a torch.nn.Module")
     if labels is not None and (
         not isinstance(labels, list | tuple)
         or not all(isinstance(label, str) for label in labels)

@@ -44,9 +44,9 @@ class Options:
         "PLAN",
     )
     epochs: int = option(5, "passes over the training set", "N")
-    steps: int | None = option(None, "stop after this many steps instead", "N")
+    steps: int | None = option(None, "stop after so many steps, whatever --epochs says", "N")
     batch_size: int = option(16, "sentences in a step, over all processes", "N")
-    batch_tokens: int | None = option(None, "tokens in a step, padding included, instead", "N")
+    batch_tokens: int | None = option(None, "tokens in a step, padding included, in place of --batch-size", "N")
     lr: float | None = option(None, "learning rate (default: 5e-05, and 1e-03 for the heads)", "X")
     head_lr: float | None = option(None, "learning rate of the heads (default: --lr if that is given)", "X")
     layer_lr_decay: float = option(1.0, "each layer's learning rate over that of the layer above", "X")
@@ -55,19 +55,19 @@ class Options:
     schedule: str = option(
         "linear", "how the learning rate falls after that", choices=("linear", "cosine", "constant")
     )
-    clip_norm: float = option(1.0, "longest gradient; 0: no limit", "X")
+    clip_norm: float = option(1.0, "longer gradients are scaled down to this length; 0: no limit", "X")
     balance: str = option(
         "sum", "add the tasks' losses, or learn their weights", choices=("sum", "uncertainty")
     )
     loss_weight: tuple[str, ...] = option((), "factor of a task's loss, repeatable (default: 1)", "NAME=X")
     fast: bool = option(False, "compute nothing on padding: faster, and equal to rounding but for dropout")
     bf16: bool = option(False, "compute in bfloat16 where that is safe (autocast)")
-    seed: int = option(0, "of the heads' first weights, the order of the data, and dropout", "N")
+    seed: int = option(0, "of the heads' first weights, the order of the data, and dropout (default: 0)", "N")
     device: str = option("auto", "cpu, cuda or cuda:N; auto: a GPU if there is one", "NAME")
     metric: str = option(
         "accuracy", "which checkpoint is best: [TASK.]loss, accuracy or macro_f1 on validation", "NAME"
     )
-    patience: int = option(0, "stop when so many epochs in a row were not the best; 0: never", "N")
+    patience: int = option(0, "stop when so many epochs in a row were not the best (default: 0, never)", "N")
     feature_cache_mb: float = option(1000.0, "memory for what frozen layers compute; 0: compute it anew", "X")
     save_every: int | None = option(None, "save every so many steps, not only after each epoch", "STEPS")
     output: str | None = option(None, "directory of the run (default: the next free runs/N)", "DIR")

@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -140,12 +140,16 @@ def catching_interrupts() -> Iterator[list[int]]:
     caught: list[int] = []
 
     def note(number: int, _: Any) -> None:
+        if not caught and os.environ.get("RANK", "0") == "0":
+            with suppress(OSError):  # unlike print, it may come in the middle of another
+                os.write(2, b"\nstopping once all is saved; the same again stops at once\n")
         caught.append(number)
         signal.signal(number, before[number])
 
     before: dict[int, Any] = {}
     for stop in (signal.SIGINT, signal.SIGTERM):  # torchrun passes Ctrl-C on as both
-        before[stop] = signal.signal(stop, note)
+        if signal.getsignal(stop) != signal.SIG_IGN:
+            before[stop] = signal.signal(stop, note)
     try:
         yield caught
     finally:

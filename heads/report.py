@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,10 @@ def write_report(
         majorities: set -> task -> accuracy of always giving the most frequent training label.
         plan: what was trained, as text.
     """
-    scores = {name: {task: m.scores() for task, m in tasks.items()} for name, tasks in results.items()}
+    scores = {
+        name: {task: {**m.scores(), "confusion": _counts(m, labels[task])} for task, m in tasks.items()}
+        for name, tasks in results.items()
+    }
     epochs = [record for record in run.metrics() if "validation" in record]
     text = "\n\n".join(
         [
@@ -149,6 +152,16 @@ def _history(epochs: list[dict[str, Any]]) -> str:
             trained.append((record["epoch"] + 1, record["trained"]))
     phases = "\n".join(f"- from epoch {epoch}: {', '.join(groups)}" for epoch, groups in trained)
     return f"## Epochs\n\n{_table(header, rows)}\n\nTrained:\n{phases or '- nothing'}"
+
+
+def _counts(metrics: TaskMetrics, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The confusion matrix without its zeros."""
+    return [
+        {"true": names[i], "predicted": names[j], "count": count}
+        for i, row in enumerate(metrics.confusion)
+        for j, count in enumerate(row)
+        if count
+    ]
 
 
 def _confusions(name: str, tasks: Mapping[str, TaskMetrics], labels: Mapping[str, tuple[str, ...]]) -> str:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from heads.multitask import MultiTaskModel
 from heads.training_state import Progress
 from weights import CheckpointError
 from weights.json_files import read_json, to_json
+from weights.locks import alone
 from weights.safetensors_files import read_file, write_directory
 
 PROGRESS = "training.json"
@@ -38,6 +41,16 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Makes the directory and keeps other processes out of it. Raises ValueError if one is at it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be written: {error.strerror}") from error
+        with alone(self.path / "last"):
+            yield
+
     def recover(self) -> None:
         """Puts back what a run that died between the two renames of `save` left aside, and clears up."""
         for name in ("best", "last"):
@@ -47,12 +60,11 @@ class RunDirectory:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def begin(self, config: dict[str, Any], bytes_needed: int) -> None:
-        """Makes the directory and writes config.json; fails now if it could only fail later.
+        """Writes config.json into the directory; fails now if it could only fail later.
 
         First config.json, since a run that has it can be gone on with.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.path).free
             if free < bytes_needed:
                 raise CheckpointError(
@@ -97,7 +109,9 @@ class RunDirectory:
         shutil.rmtree(fresh, ignore_errors=True)
         model.save_pretrained(fresh)
         if progress is not None:
-            progress.metrics_bytes = (self.path / "metrics.jsonl").stat().st_size
+            with (self.path / "metrics.jsonl").open("ab") as metrics:
+                os.fsync(metrics.fileno())  # it must not be shorter than this after a power cut
+                progress.metrics_bytes = metrics.tell()
             write_directory(fresh, {STATE: state or {}, PROGRESS: to_json(asdict(progress))})
         try:
             shutil.rmtree(old, ignore_errors=True)

@@ -26,10 +26,7 @@ def read_sets(options: Options) -> tuple[dict[str, list[Example]], list[str]]:
         given = sets.get(name, [])
         if marked and given:
             raise DataError(f"{marked[0].where} is marked {name}, but --{name} is given too: use one of them")
-        own = [example for example in given if example.split in ("", name)]
-        if given and not own:
-            raise DataError(f"--{name}: {given[0].where} is marked {given[0].split}, and no row {name}")
-        sets[name] = marked or own
+        sets[name] = marked or given
     sets["train"] = [example for example in whole if example.split in ("", "train")]
     if sets["train"] and not sets["validation"]:
         sets["train"], sets["validation"] = stratified_split(
@@ -39,7 +36,10 @@ def read_sets(options: Options) -> tuple[dict[str, list[Example]], list[str]]:
 
 
 def read_files(options: Options, name: str, tasks: dict[str, str]) -> list[Example]:
-    """One set from its files: FILE holds all tasks, TASK=FILE one."""
+    """One set from its files: FILE holds all tasks, TASK=FILE one.
+
+    Of a file for validation or test its rows are those so marked or, if none is, those without a mark.
+    """
     examples = []
     for source, given in enumerate(getattr(options, name)):
         task, equals, path = given.partition("=")
@@ -49,5 +49,11 @@ def read_files(options: Options, name: str, tasks: dict[str, str]) -> list[Examp
             columns = {task: tasks[task]}
         else:
             raise DataError(f"--{name} {given}: there is no task {task!r}, --task names {', '.join(tasks)}")
-        examples += read_examples(path, options.text, columns, split=options.split, source=source)
+        rows = read_examples(path, options.text, columns, split=options.split, source=source)
+        if name != "train":
+            first = rows[0]
+            rows = [row for row in rows if row.split == name] or [row for row in rows if row.split == ""]
+            if not rows:
+                raise DataError(f"--{name}: {first.where} is marked {first.split}, and no row {name}")
+        examples += rows
     return examples

@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit status.
 
     0: done. 1: parity found a difference. 2: an error, in one sentence on stderr. 130: interrupted.
+    141: nobody reads standard output any more.
     """
     arguments = _parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):

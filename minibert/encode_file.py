@@ -22,11 +22,7 @@ from numpy.typing import NDArray
 from minibert.sentence_encoder import SentenceEncoder
 from minibert.text_lines import Lines, read_lines
 from weights.json_files import read_json, to_json
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from weights.locks import alone
 
 SHARD_NAME = re.compile(r"-(\d{5})-of-(\d{5})")
 
@@ -102,7 +98,7 @@ def encode_file(
     }
     target = shard.file(output) if shard else output
     part = Path(f"{target}.part")
-    with _alone(part):
+    with alone(part):
         _tidy(part, target)
         if resume and not record_file(part).is_file() and target.is_file() and record_file(target).is_file():
             _check_whole(target, task)
@@ -155,7 +151,7 @@ def merge(output: Path) -> int:
         start, stop = shard.rows(lines)
         _check_whole(shards[shard], task | {"start": start, "stop": stop, "done": stop - start})
     part = Path(f"{output}.merging")
-    with _alone(part):
+    with alone(part):
         _create(part, lines, width)
         for shard in wanted:
             _write(part, shard.rows(lines)[0], np.load(shards[shard], mmap_mode="r"))
@@ -189,24 +185,6 @@ def _fingerprint(encoder: SentenceEncoder) -> str:
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-@contextmanager
-def _alone(part: Path) -> Iterator[None]:
-    """Raises ValueError if another process writes this file. (Not noticed on Windows.)"""
-    lock = Path(f"{part}.lock")
-    with lock.open("w") as file:
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process is killed
-                if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                    raise BlockingIOError  # it was another's, who has removed it, and there is a new one
-        except (BlockingIOError, FileNotFoundError):
-            raise ValueError(f"{part} is being written by another process: wait for it or stop it") from None
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 def _tidy(part: Path, target: Path) -> None:

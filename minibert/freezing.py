@@ -238,10 +238,7 @@ def set_groups(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, A
     A parameter that stays keeps its state (momentum); one that leaves loses it. If they are those it has
     already, nothing changes, not even the rates that one of torch's schedulers has given them.
     """
-    if len(groups) == len(optimizer.param_groups) and all(
-        _as_given(new).items() <= _as_given(old).items()
-        for new, old in zip(groups, optimizer.param_groups, strict=True)
-    ):
+    if len(groups) == len(optimizer.param_groups) and all(map(_is, optimizer.param_groups, groups)):
         return
     optimizer.param_groups.clear()
     for group in groups:
@@ -251,7 +248,10 @@ def set_groups(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, A
         del optimizer.state[parameter]
 
 
-def _as_given(group: Mapping[str, Any]) -> dict[str, Any]:
-    """With the learning rate of its plan, of which a scheduler may have made another."""
-    lr = group.get("plan_lr", group.get("lr"))
-    return {**group, "params": [id(parameter) for parameter in group["params"]], "lr": lr}
+def _is(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether an optimizer's group is this one, with the rate of its plan, or of a scheduler."""
+    given = {**new, "params": [id(parameter) for parameter in new["params"]]}
+    has = {**old, "params": [id(parameter) for parameter in old["params"]]}
+    if "plan_lr" in new or "initial_lr" in old:  # which torch's schedulers note
+        given.pop("lr", None)
+    return given.items() <= has.items()

@@ -45,6 +45,9 @@ class SentenceEncoder(nn.Module):
     length 1 when it is not told; `dtype` what `encode` computes its Linears in, the weights' own if
     None; `compile` whether `encode` goes through torch.compile, on a GPU and in bfloat16.
     An `nn.Module`: `.to("cuda")`, and `forward` can be trained.
+
+    Raises:
+        ValueError: `pooling` is neither.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class SentenceEncoder(nn.Module):
         Raises:
             ModelNotFoundError: no such model on disk or on the hub.
             CheckpointError: its files cannot be used.
+            ValueError: `attention` or `dtype` is none of those.
         """
         directory = resolve(name_or_path)
         pooling, normalize = read_modules(directory)
@@ -173,7 +177,8 @@ class SentenceEncoder(nn.Module):
 
         Raises:
             TypeError: not a string (which one is named).
-            ValueError: a lone surrogate, a batch_size below 1, or a `dtype` wider than the model's.
+            ValueError: a lone surrogate, a batch_size below 1, a `dtype` wider than the model's, or
+                `compile` where it cannot be used.
         """
         blocks = list(self.encode_blocks(sentences, batch_size, normalize_embeddings, show_progress_bar))
         embeddings = blocks[0] if len(blocks) == 1 else self._join(blocks)  # (n, H)

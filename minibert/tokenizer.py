@@ -30,6 +30,9 @@ class Tokenizer:
     `backend` is the `tokenizers.Tokenizer`, `max_length` the most tokens a text may become,
     [CLS] and [SEP] included, `token_types` whether the model wants `token_type_ids`, `special_tokens`
     what its special tokens are called where not as BERT's (`{"pad_token": "<pad>"}`).
+
+    Raises:
+        ValueError: the vocabulary has no padding token.
     """
 
     def __init__(
@@ -109,7 +112,8 @@ class Tokenizer:
 
         Raises:
             TypeError: not a string (which one is named).
-            ValueError: nothing to tokenize, a lone surrogate, unequal numbers of texts and pairs.
+            ValueError: nothing to tokenize, a lone surrogate, unequal numbers of texts and pairs, a
+                max_length that is no integer or leaves no room for the special tokens.
         """
         firsts = as_list(texts)
         if not firsts:

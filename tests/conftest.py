@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ TINY = {
     "max_position_embeddings": 19,
     "type_vocab_size": 3,
 }
+
+
+# A shell has what runs in its background ignore Ctrl-C; here it is sent on purpose.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import termios
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -103,13 +104,30 @@ def test_progress_bar_on_a_terminal_only(tmp_path: Path) -> None:
     assert piped.stderr == b""
     terminal, child_end = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 80))
-    subprocess.run(command, stderr=child_end, stdout=subprocess.DEVNULL, check=True)
-    os.close(child_end)
-    shown = os.read(terminal, 65536)
+    shown = b""
+    with subprocess.Popen(command, stderr=child_end, stdout=subprocess.DEVNULL) as child:
+        os.close(child_end)
+        with suppress(OSError):  # when the child is done
+            while part := os.read(terminal, 65536):
+                shown += part
     os.close(terminal)
+    assert child.returncode == 0
     assert b"encode:" in shown
     assert b"800/800" in shown
     assert b" sentences/s" in shown
+
+
+def test_closed_streams(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("a sentence\n")
+    encode = f"exec {sys.executable} -m minibert encode {' '.join(MODEL)}"
+    silent = subprocess.run(
+        f"{encode} in.txt -o out.npy >&-", shell=True, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (silent.returncode, silent.stderr) == (0, "")
+    assert np.load(tmp_path / "out.npy").shape == (1, 384)
+    deaf = subprocess.run(f"{encode} - <&-", shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert deaf.returncode == 2
+    assert deaf.stderr.startswith("minibert: error: nothing to encode: give sentences, a text file, or pipe")
 
 
 @pytest.mark.parametrize(

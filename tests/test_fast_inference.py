@@ -2,11 +2,14 @@
 
 import copy
 import csv
+import gc
 import itertools
 import math
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
 
 from heads.data import DEMO
 from minibert import (
@@ -417,6 +420,17 @@ def test_the_copy_shares_what_it_does_not_pack(minilm: Path) -> None:
     assert type(model.layers[0].attention.query) is nn.Linear  # type: ignore[union-attr]
 
 
+class Louder(nn.Module):
+    """Around the embeddings."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs: Tensor | None) -> Tensor:
+        return self.inner(*inputs) * torch.arange(36)  # type: ignore[no-any-return]
+
+
 def changes() -> list[Callable[[BertModel], None]]:
     def in_place(model: BertModel) -> None:
         with torch.no_grad():
@@ -433,6 +447,15 @@ def changes() -> list[Callable[[BertModel], None]]:
     def new_data(model: BertModel) -> None:
         weight = model.get_parameter("layers.0.attention.value.weight")
         weight.data = weight.data * 1.5
+
+    def where_the_old_data_was(model: BertModel) -> None:
+        parameters = list(model.parameters())
+        vector = parameters_to_vector(parameters).detach()
+        for factor in (1.0, 1.1, 1.2, 1.3):
+            vector_to_parameters(vector * factor, parameters)
+            fast_copy(model)
+            vector_to_parameters(vector, parameters)
+        vector_to_parameters(vector * 1.4, parameters)
 
     def told(model: BertModel) -> None:
         model.get_parameter("layers.1.feed_forward.up.weight").detach().numpy()[:] *= 1.5
@@ -466,6 +489,20 @@ def changes() -> list[Callable[[BertModel], None]]:
     def no_bias(model: BertModel) -> None:
         model.layers[1].feed_forward.down = nn.Linear(37, 36, bias=False)  # type: ignore[union-attr]
 
+    def other_embeddings(model: BertModel) -> None:
+        model.embeddings = Louder(model.embeddings)  # type: ignore[assignment]
+
+    def outside_hook(model: BertModel) -> None:
+        model.register_forward_hook(
+            lambda _, __, output: replace(output, last_hidden_state=output.last_hidden_state * torch.arange(36))
+        )
+
+    def outside_forward(model: BertModel) -> None:
+        forward = model.forward
+        model.forward = lambda *inputs: replace(  # type: ignore[method-assign]
+            forward(*inputs), last_hidden_state=forward(*inputs).last_hidden_state * torch.arange(36)
+        )
+
     def activation(model: BertModel) -> None:
         model.get_submodule("layers.0.feed_forward").activation = nn.ReLU()
         model.layers[0].feed_forward.up = nn.Linear(36, 37)  # type: ignore[union-attr]
@@ -492,9 +529,9 @@ def changes() -> list[Callable[[BertModel], None]]:
         model.layers[1].feed_forward_norm = TwiceTheNorm(36)
 
     return [
-        *(in_place, a_step, a_fused_step, new_data, told, new_parameters, pruned, norm),
-        *(no_bias, activation, activation_alone, other_forward),
-        *(new_module, adapter, table_adapter, other_layer, other_norm),
+        *(in_place, a_step, a_fused_step, new_data, where_the_old_data_was, told, new_parameters, pruned, norm),
+        *(no_bias, activation, activation_alone, other_forward, outside_forward, outside_hook),
+        *(new_module, adapter, table_adapter, other_embeddings, other_layer, other_norm),
     ]
 
 
@@ -515,6 +552,71 @@ def test_changed_weights_are_seen(minilm: Path, change: Callable[[BertModel], No
     after = encoder.encode(texts, convert_to_tensor=True)
     assert relative(after, before) > 1e-3
     assert relative(after, reference(encoder, texts)) < 1e-6
+
+
+def test_inference_tensors_are_taken_as_they_are(minilm: Path) -> None:
+    with torch.inference_mode():
+        encoder = two_layers(minilm)
+        before = encoder.encode(["one text"], convert_to_tensor=True)
+        for parameter in encoder.model.parameters():
+            parameter.mul_(1.5)
+        after = encoder.encode(["one text"], convert_to_tensor=True)
+        assert relative(after, before) > 1e-3
+        assert relative(after, reference(encoder, ["one text"])) < 1e-6
+        loaded = BertModel.from_pretrained(minilm)
+    loaded(torch.tensor([[5, 6, 7]])).last_hidden_state.sum().backward()  # can be trained
+
+
+def test_an_encoder_with_a_forward_of_its_own(minilm: Path) -> None:
+    class Shifted(SentenceEncoder):
+        def forward(
+            self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+        ) -> Tensor:
+            return super().forward(input_ids, attention_mask, token_type_ids) + torch.arange(36)
+
+    plain = two_layers(minilm)
+    shifted = Shifted(plain.model, plain.tokenizer, dtype=torch.bfloat16).train()
+    texts = ["a b c", "", "d e f", "one more, which is longer", "g h i"]
+    expected = plain.encode(texts, convert_to_tensor=True) + torch.arange(36)
+    for batch_size in (None, 2):
+        assert relative(shifted.encode(texts, batch_size, convert_to_tensor=True), expected) < 1e-6
+    assert shifted.training
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # on importing the compiler
+def test_a_compiled_model_is_left_as_it_is(minilm: Path, tmp_path: Path) -> None:
+    encoder = two_layers(minilm)
+    expected = encoder.encode(["one text"])
+    compiled = SentenceEncoder(torch.compile(encoder.model), encoder.tokenizer)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(compiled.encode(["one text"]), expected)
+    assert relative(reference(encoder, ["one text"]), torch.tensor(expected)) < 1e-6
+    compiled.save_pretrained(tmp_path / "saved")
+    np.testing.assert_array_equal(
+        SentenceEncoder.from_pretrained(tmp_path / "saved").encode(["one text"]), expected
+    )
+
+
+def test_the_copy_dies_with_its_model(minilm: Path) -> None:
+    encoder = two_layers(minilm)
+    encoder.model.layers[0].register_forward_hook(lambda *_, holds=encoder: None)
+    encoder.encode("one text")
+    model = weakref.ref(encoder.model)
+    assert vars(copy.deepcopy(encoder.model))["_kept"].copy is None  # it would take the memory twice
+    del encoder
+    gc.collect()
+    assert model() is None
+
+
+def test_a_larger_vocabulary_counts_once_the_config_says_so(minilm: Path) -> None:
+    encoder = two_layers(minilm)
+    encoder.tokenizer.backend.add_tokens(["zzqq"])
+    table = encoder.model.embeddings.word.weight
+    encoder.model.embeddings.word = nn.Embedding(30523, 36, _weight=torch.cat([table, 2 * table[:1]]).detach())
+    with pytest.raises(ValueError, match=r"input_ids\[2\] is 30522, it must be from 0 to 30521"):
+        encoder.encode("a zzqq")
+    encoder.model.config = replace(encoder.model.config, vocab_size=30523)
+    vector = encoder.encode(["a zzqq"], convert_to_tensor=True)
+    assert relative(vector, reference(encoder, ["a zzqq"])) < 1e-6
 
 
 class Scaled(nn.Module):

@@ -234,11 +234,13 @@ def test_a_scheduler_goes_on_until_something_is_thawed(model: MultiTaskModel) ->
 
 def test_a_scheduler_that_sets_rates_of_its_own_goes_on(model: MultiTaskModel) -> None:
     plan = FreezePlan("layers:1")
-    optimizer = torch.optim.AdamW(plan.optimizer_groups(model))
+    learned = MultiTaskLoss(list(model.heads), uncertainty=True).parameters()
+    own = {"params": list(learned), "lr": 1e-2, "weight_decay": 0.0}  # which no plan has
+    optimizer = torch.optim.AdamW([*plan.optimizer_groups(model), own])
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=5)
     for epoch in range(4):
         rates = [group["lr"] for group in optimizer.param_groups]
-        set_groups(optimizer, plan.optimizer_groups(model, epoch))
+        set_groups(optimizer, [*plan.optimizer_groups(model, epoch), own])
         assert [group["lr"] for group in optimizer.param_groups] == rates
         optimizer.step()
         scheduler.step()

@@ -168,8 +168,9 @@ def test_a_compiled_encoder_has_groups(small: Path, tmp_path: Path) -> None:
     names = list(named_groups(model))
     model.encoder = torch.compile(model.encoder, backend="eager")  # type: ignore[assignment]
     assert list(named_groups(model.train())) == names
-    with pytest.raises(ValueError, match=r"_orig_mod.* is not a parameter of BERT's encoder"):
-        model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "saved")
+    again = MultiTaskModel.from_pretrained(tmp_path / "saved")
+    assert again.predict("x") == model.eval().predict("x")
 
 
 def test_a_head_of_ones_own(small: Path, tmp_path: Path) -> None:
@@ -195,12 +196,38 @@ def test_a_head_of_ones_own(small: Path, tmp_path: Path) -> None:
         ({"labels": {"type": ["x", "y"]}}, "head type has 3 classes but 2 labels"),
         ({"labels": {"type": "xyz"}}, "the labels of type are 'xyz', they must be a list of different strings"),
         ({"labels": {"other": ["x"]}}, "labels are given for 'other', the heads are: type"),
+        ({"heads": {"type": F.relu}}, "head type is function, it must be a torch.nn.Module"),
     ],
 )
 def test_what_cannot_be_built(tiny: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         MultiTaskModel(BertModel.from_pretrained(tiny), **{"heads": {"type": MLPHead(36, 5, 3)}, **arguments})
     assert message in str(caught.value)
+
+
+def test_a_head_put_in_later_is_checked_before_it_is_saved(tiny: Path, tmp_path: Path) -> None:
+    model = MultiTaskModel(BertModel.from_pretrained(tiny), {"type": MLPHead(36, 5, 3)})
+    model.heads["type"] = MLPHead(36, 5, 4)
+    with pytest.raises(ValueError, match="head type has 4 classes but 3 labels"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_the_statistics_of_a_head_have_the_dtype_of_its_weights(
+    tiny: Path, tmp_path: Path, dtype: torch.dtype | None
+) -> None:
+    def head() -> nn.Module:
+        return nn.Sequential(nn.BatchNorm1d(36), nn.Linear(36, 4))
+
+    model = MultiTaskModel(BertModel.from_pretrained(tiny), {"type": head()})
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    model.train()(ids)  # moves the running statistics
+    saved = model.to(torch.float64 if dtype is None else torch.float32).eval()
+    saved.save_pretrained(tmp_path)
+    loaded = MultiTaskModel.from_pretrained(tmp_path, heads={"type": head()}, dtype=dtype)
+    expected = saved.double()(ids).logits["type"]
+    assert torch.allclose(loaded(ids).logits["type"], expected, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,33 @@ def test_what_sentence_transformers_saves_loads_here(minilm: Path, tmp_path: Pat
     np.testing.assert_allclose(ours.encode(sentences(5)), theirs.encode(sentences(5)), atol=5e-7)
 
 
+def test_nothing_is_left_of_a_model_that_was_there_before(minilm: Path, tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nother\n")
+    (tmp_path / "added_tokens.json").write_text('{"sky": 30522}')
+    (tmp_path / "special_tokens_map.json").write_text('{"additional_special_tokens": ["blue"]}')
+    (tmp_path / "config_sentence_transformers.json").write_text(
+        '{"prompts": {"query": "query: "}, "default_prompt_name": "query"}'
+    )
+    (tmp_path / "notes.txt").write_text("mine")
+    encoder = SentenceEncoder.from_pretrained(minilm)
+    encoder.save_pretrained(tmp_path)
+    expected = encoder.encode(["the sky is blue"])
+    np.testing.assert_array_equal(
+        SentenceEncoder.from_pretrained(tmp_path).encode(["the sky is blue"]), expected
+    )
+    theirs = SentenceTransformer(str(tmp_path), device="cpu").encode(["the sky is blue"])
+    np.testing.assert_allclose(theirs, expected, atol=5e-7)
+    assert (tmp_path / "notes.txt").is_file()
+
+
+def test_float16_in_bfloat16(minilm: Path, tmp_path: Path) -> None:
+    encoder = SentenceEncoder.from_pretrained(minilm)
+    encoder.half().save_pretrained(tmp_path)
+    expected = SentenceEncoder.from_pretrained(tmp_path, dtype=torch.float32).encode(["the sky is blue"])
+    narrow = SentenceEncoder.from_pretrained(tmp_path, dtype=torch.bfloat16).encode(["the sky is blue"])
+    assert 0.9999 < (narrow * expected).sum() < 1.0001
+
+
 def test_a_cased_tokenizer_survives_saving(minilm: Path, tmp_path: Path) -> None:
     for name in ("config.json", "vocab.txt", "model.safetensors"):
         tmp_path.joinpath("cased").mkdir(exist_ok=True)
@@ -215,6 +242,8 @@ def test_a_dtype_wider_than_the_models_is_refused(tiny_encoder: SentenceEncoder)
 def test_unknown_pooling_is_refused(tiny_encoder: SentenceEncoder) -> None:
     with pytest.raises(ValueError, match="pooling is 'max', it must be mean or cls"):
         SentenceEncoder(tiny_encoder.model, tiny_encoder.tokenizer, pooling="max")
+    with pytest.raises(ValueError, match="pooling is 'Mean', it must be mean or cls"):
+        tiny_encoder.pooling = "Mean"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 import train
 from heads import MISSING, MultiTaskLoss, MultiTaskModel, features
 from heads.options import Options, read_options
-from heads.processes import Processes
+from heads.processes import Processes, catching_interrupts
 from heads.run_directory import RunDirectory
 from minibert import BertModel
 from tests.conftest import save_small
@@ -114,8 +114,13 @@ def test_what_a_run_leaves(main: Main, tmp_path: Path) -> None:
     scores = {r["step"]: sum(t["accuracy"] for t in r["validation"].values()) for r in epochs(run)}
     best = next(r for r in epochs(run) if scores[r["step"]] == max(scores.values()))
     for task in ("type", "sentiment"):
-        assert report["validation"][task].keys() == {"loss", "accuracy", "macro_f1"}
-        for metric, value in report["validation"][task].items():
+        reported = report["validation"][task]
+        assert reported.keys() == {"loss", "accuracy", "macro_f1", "confusion"}
+        cells = reported.pop("confusion")
+        assert sum(cell["count"] for cell in cells) == 40
+        right = sum(cell["count"] for cell in cells if cell["true"] == cell["predicted"])
+        assert right / 40 == reported["accuracy"]
+        for metric, value in reported.items():
             assert value == pytest.approx(best["validation"][task][metric], rel=1e-5)
     text = (run / "report.md").read_text()
     assert re.search(r"layers\.0 +[\d,]+  frozen", text)
@@ -166,7 +171,7 @@ def test_columns_files_and_missing_labels(small: Path, tmp_path: Path) -> None:
     assert train.main(command.split()) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["test"]["kind"]["accuracy"] in (0.0, 0.5, 1.0)
-    assert report["test"]["mood"] == {"loss": None, "accuracy": None, "macro_f1": None}
+    assert report["test"]["mood"] == {"loss": None, "accuracy": None, "macro_f1": None, "confusion": []}
     assert MultiTaskModel.from_pretrained(tmp_path / "run" / "best").labels == {
         "kind": ("a", "b"),
         "mood": ("x", "y", "z"),
@@ -180,9 +185,22 @@ def test_a_file_for_each_task(small: Path, tmp_path: Path, mixing: str) -> None:
     command = f"--model {small} --train kind={kinds} --train mood={moods} --task kind=label --task mood=label"
     command += f" --mixing {mixing} --epochs 1 --batch-size 8 --freeze backbone --output {tmp_path / 'run'}"
     assert train.main(command.split()) == 0
-    (record,) = epochs(tmp_path / "run")
-    held = {task: sum(map(sum, m["confusion"])) for task, m in record["validation"].items()}
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    held = {task: sum(cell["count"] for cell in m["confusion"]) for task, m in report["validation"].items()}
     assert held == {"kind": 6, "mood": 2}
+
+
+@pytest.mark.filterwarnings("default:no validation sentence")
+def test_a_task_without_validation_labels(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [(f"sentence {i}", "ab"[i % 2], "validation" if i % 5 == 0 else "") for i in range(40)]
+    kinds = table(tmp_path / "k.csv", [("text", "label", "split"), *rows])
+    moods = table(tmp_path / "m.csv", [("text", "label"), *((f"words {i}", "xy"[i % 2]) for i in range(20))])
+    command = f"--model {small} --train kind={kinds} --train mood={moods} --task kind=label --task mood=label"
+    assert train.main(f"{command} --epochs 1 --freeze backbone --output {tmp_path / 'run'}".split()) == 0
+    warning = "no validation sentence has a label for mood: best/ is chosen without it"
+    assert f"train.py: warning: {warning}" in capsys.readouterr().err
 
 
 def test_eval_only(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -540,6 +558,45 @@ def test_the_next_free_directory(small: Path, tmp_path: Path, monkeypatch: pytes
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["1", "2"]
 
 
+def test_a_run_has_one_process(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = main("run", "--epochs 1")
+    with RunDirectory(run).alone():
+        assert train.main(f"--output {run} --resume".split()) == 2
+        main("new", "--epochs 1")
+    assert "last is being written by another process: wait for it or stop it" in capsys.readouterr().err
+    assert train.main(f"--output {run} --resume".split()) == 0
+    assert not list(tmp_path.glob("*/*.lock"))
+
+
+def test_an_epoch_is_saved_before_it_is_printed(
+    main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = main("whole")
+
+    def gone(*_: object) -> None:
+        raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "print_epoch", gone)
+        patch.setattr(os, "dup2", lambda *_: None)  # pytest's own standard output is not broken
+        main("part", status=141)
+    assert len(epochs(tmp_path / "part")) == 1
+    assert (tmp_path / "part" / "best").is_dir()
+    assert train.main(f"--output {tmp_path / 'part'} --resume".split()) == 0
+    assert_same_run(whole, tmp_path / "part")
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with catching_interrupts() as caught:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not caught
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 # ------------------------------------------------------------------------------------------- bad input
 
 
@@ -781,7 +838,10 @@ def test_a_signal_to_a_process_of_its_own(small: Path, tmp_path: Path, number: i
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors == "train.py: interrupted; a run that has begun goes on with --output DIR --resume\n"
+    assert errors == (
+        "\nstopping once all is saved; the same again stops at once\n"
+        f"train.py: interrupted; a run that has begun goes on with --output {tmp_path / 'run'} --resume\n"
+    )
     assert json.loads((tmp_path / "run/last/training.json").read_text())["step"] == len(steps(tmp_path / "run"))
 
 

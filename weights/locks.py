@@ -1,0 +1,29 @@
+"""One process at a time writes a file."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Raises ValueError if another process is in here with this path. (Not noticed on Windows.)"""
+    lock = Path(f"{path}.lock")
+    with lock.open("w") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process is killed
+                if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                    raise BlockingIOError  # it was another's, who has removed it, and there is a new one
+        except (BlockingIOError, FileNotFoundError):
+            raise ValueError(f"{path} is being written by another process: wait for it or stop it") from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
