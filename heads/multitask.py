@@ -56,8 +56,8 @@ class MultiTaskModel(nn.Module):
         tokenizer: needed by `predict` only; saved with the rest.
 
     Raises:
-        ValueError: a name that cannot be one, labels of a task without a head, a wrong number of
-            labels or a head of another width than the encoder's.
+        ValueError: a name that cannot be one, a head that is no Module or of another width than the
+            encoder's, labels of a task without a head, a wrong number of labels.
     """
 
     def __init__(

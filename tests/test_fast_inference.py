@@ -554,6 +554,24 @@ def test_changed_weights_are_seen(minilm: Path, change: Callable[[BertModel], No
     assert relative(after, reference(encoder, texts)) < 1e-6
 
 
+def test_a_norm_in_the_place_of_a_dropout_counts(minilm: Path) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=36,
+        num_attention_heads=3,
+        num_hidden_layers=1,
+        intermediate_size=2048,
+        initializer_range=0.2,
+    )
+    model = BertModel(config).eval()
+    norm = nn.LayerNorm(36)
+    nn.init.normal_(norm.weight, std=3.0)
+    model.layers[0].feed_forward.dropout = norm  # type: ignore[union-attr]
+    encoder = SentenceEncoder(model, Tokenizer.from_pretrained(minilm), dtype=torch.bfloat16)
+    texts = ["one text", "and another one"]
+    assert relative(encoder.encode(texts, convert_to_tensor=True), reference(encoder, texts)) < 0.05
+
+
 def test_inference_tensors_are_taken_as_they_are(minilm: Path) -> None:
     with torch.inference_mode():
         encoder = two_layers(minilm)
