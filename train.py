@@ -418,10 +418,11 @@ def open_run(options: Options, model: MultiTaskModel, processes: Processes, held
 
 def next_directory() -> Path:
     """The first of runs/1, runs/2, ... that could be made: of runs begun at once each gets its own."""
+    Path("runs").mkdir(exist_ok=True)
     number = 1
     while True:
         try:
-            (path := Path("runs", str(number))).mkdir(parents=True)
+            (path := Path("runs", str(number))).mkdir()
             return path
         except FileExistsError:
             number += 1
@@ -460,7 +461,7 @@ def finish(
 def main(argv: list[str] | None = None) -> int:
     """0: done. 2: an error, in one sentence on stderr. 130: Ctrl-C or SIGTERM; what was done is saved.
 
-    141: nobody reads standard output any more; the same.
+    141: nobody reads standard output any more; what was saved before stays.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter still shows the rest
@@ -476,10 +477,10 @@ def main(argv: list[str] | None = None) -> int:
             run_all(options, processes, held)
         return 0
     except KeyboardInterrupt as interrupt:
-        path = interrupt.args[0] if interrupt.args else "DIR"  # a run that has not begun has none
-        tell(f"interrupted; a run that has begun goes on with --output {path} --resume")
+        where = interrupt.args[0] if interrupt.args else "DIR"  # a signal that acts at once does not know
+        tell(f"interrupted; a run that has begun goes on with --output {where} --resume")
         return 130
-    except BrokenPipeError:  # `... | head` has seen enough; what was done is saved
+    except BrokenPipeError:  # `... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except FirstFailedError:

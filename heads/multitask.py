@@ -156,6 +156,7 @@ class MultiTaskModel(nn.Module):
             SentenceEncoder(self.encoder, self.tokenizer).save_pretrained(directory, files)
 
     @classmethod
+    @torch.inference_mode(False)  # as BertModel's
     def from_pretrained(
         cls,
         name_or_path: str | Path,

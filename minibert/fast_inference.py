@@ -39,7 +39,8 @@ def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> BertModel:
     unnoticed, since torch keeps no record of it, and so does one activation function in place of another.)
     Hooks inside it see packed states, (tokens, H); what has one in a layer is not fused, nor are adapters, and
     both are shared: then `training` is true, and whoever runs it sets the model's mode. `dtype` is what the
-    Linears compute in (the weights' own if None); all else stays as it is.
+    Linears compute in (the weights' own if None); all else stays as it is. With inference tensors, of which
+    nothing tells whether they have changed, it is made anew every time.
     """
     model = getattr(model, "_orig_mod", model)  # of a compiled one
     state = _identities(model), dtype, model.config
@@ -55,7 +56,8 @@ def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> BertModel:
 class _Kept:
     """A fast copy and what it was made from; an attribute of its model, but not copied or pickled with it.
 
-    `weights` are there so that no later parameter can have the identity or the memory of one of them.
+    `weights` are there so that no later parameter can have the identity or the memory of one of them: after
+    `model.to(...)` the old ones go when the model encodes again.
     """
 
     copy: BertModel | None = None
@@ -77,7 +79,7 @@ def _identities(model: BertModel) -> list[object]:
         if "forward" in module.__dict__:  # somebody's own
             state.append(id(module.forward))
         for parameter in module._parameters.values():
-            if parameter is not None:  # of an inference tensor nothing tells whether it has changed
+            if parameter is not None:
                 version = object() if parameter.is_inference() else parameter._version
                 state += (id(parameter), version, parameter.data_ptr())
         modules += module._modules.values()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -238,20 +238,28 @@ def set_groups(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, A
     A parameter that stays keeps its state (momentum); one that leaves loses it. If they are those it has
     already, nothing changes, not even the rates that one of torch's schedulers has given them.
     """
-    if len(groups) == len(optimizer.param_groups) and all(map(_is, optimizer.param_groups, groups)):
+    wanted = [{**group, "params": _listed(group["params"])} for group in groups]
+    if len(wanted) == len(optimizer.param_groups) and all(map(_is, optimizer.param_groups, wanted)):
         return
     optimizer.param_groups.clear()
-    for group in groups:
-        optimizer.add_param_group(dict(group))
+    for group in wanted:
+        optimizer.add_param_group(group)
     kept = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for parameter in [p for p in optimizer.state if id(p) not in kept]:
         del optimizer.state[parameter]
+
+
+def _listed(parameters: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """As torch's optimizers take them: one alone, or any iterable."""
+    return [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
 
 
 def _is(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether an optimizer's group is this one, with the rate of its plan, or of a scheduler."""
     given = {**new, "params": [id(parameter) for parameter in new["params"]]}
     has = {**old, "params": [id(parameter) for parameter in old["params"]]}
-    if "plan_lr" in new or "initial_lr" in old:  # which torch's schedulers note
+    if "plan_lr" in new or "max_lr" in old:  # OneCycleLR's, which makes all rates of it
         given.pop("lr", None)
+    elif "initial_lr" in old:  # from which the other schedulers began
+        has["lr"] = old["initial_lr"]
     return given.items() <= has.items()

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, SupportsIndex, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex, TypeVar, overload
 
 import numpy as np
 import torch
@@ -80,6 +80,7 @@ class SentenceEncoder(nn.Module):
         self._pooling = pooling
 
     @classmethod
+    @torch.inference_mode(False)  # as BertModel's
     def from_pretrained(
         cls,
         name_or_path: str | Path = "bert-base-uncased",
@@ -295,19 +296,20 @@ class SentenceEncoder(nn.Module):
         Raises:
             CheckpointError, ValueError: as `BertModel.save_pretrained`.
         """
-        files = module_files(
+        files: dict[str, Any] = {**self.tokenizer.files()}
+        files |= module_files(
             self.pooling,
             self.normalize_embeddings,
             hidden_size=self.model.config.hidden_size,
             max_seq_length=self.tokenizer.max_length,
         )
-        files |= self.tokenizer.files()
+        files |= other_files or {}
         of_another = dict.fromkeys({*TOKENIZER_FILES, *OPTIONAL_FILES} - files.keys())  # that was here before
         save_checkpoint(
             directory,
             self.model.config.to_dict(),
             self.model.state_dict(),
-            {**files, **(other_files or {}), **of_another},
+            {**files, **of_another},
         )
 
 

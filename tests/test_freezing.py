@@ -228,7 +228,8 @@ def test_a_scheduler_goes_on_until_something_is_thawed(model: MultiTaskModel) ->
     assert [group["lr"] for group in optimizer.param_groups] == [1.0, 1.0, 3.0, 3.0]
     own = list(model.heads.parameters())
     for lr in (1.0, 2.0):
-        set_groups(optimizer, [{"params": own, "lr": lr}])
+        set_groups(optimizer, [{"params": iter(own), "lr": lr}])
+        assert len(optimizer.param_groups[0]["params"]) == len(own)
         assert [group["lr"] for group in optimizer.param_groups] == [lr]
 
 
@@ -244,6 +245,17 @@ def test_a_scheduler_that_sets_rates_of_its_own_goes_on(model: MultiTaskModel) -
         assert [group["lr"] for group in optimizer.param_groups] == rates
         optimizer.step()
         scheduler.step()
+
+
+def test_another_rate_counts_beside_a_scheduler(model: MultiTaskModel) -> None:
+    own = list(model.heads.parameters())
+    optimizer = torch.optim.AdamW(own, lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    optimizer.step()
+    scheduler.step()
+    for wanted, rate in ((1.0, 0.5), (3.0, 3.0)):
+        set_groups(optimizer, [{"params": own, "lr": wanted}])
+        assert optimizer.param_groups[0]["lr"] == rate
 
 
 def test_thawing_leaves_the_others_alone_and_freezing_forgets(model: MultiTaskModel) -> None:

@@ -180,6 +180,8 @@ def test_nothing_is_left_of_a_model_that_was_there_before(minilm: Path, tmp_path
     theirs = SentenceTransformer(str(tmp_path), device="cpu").encode(["the sky is blue"])
     np.testing.assert_allclose(theirs, expected, atol=5e-7)
     assert (tmp_path / "notes.txt").is_file()
+    encoder.save_pretrained(tmp_path, {"special_tokens_map.json": b"{}"})
+    assert (tmp_path / "special_tokens_map.json").read_bytes() == b"{}"
 
 
 def test_float16_in_bfloat16(minilm: Path, tmp_path: Path) -> None:

@@ -556,6 +556,9 @@ def test_the_next_free_directory(small: Path, tmp_path: Path, monkeypatch: pytes
     for _ in range(2):
         assert train.main(f"--model {small} --data dummy --steps 1 --freeze backbone".split()) == 0
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["1", "2"]
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "runs").symlink_to(tmp_path / "unmounted")
+    assert train.main(f"--model {small} --data dummy --steps 1 --freeze backbone".split()) == 2
 
 
 def test_a_run_has_one_process(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,9 @@ from weights.json_files import CheckpointError, read_json
 from weights.safetensors_files import INDEX, PICKLES, SINGLE
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
-# sentence-transformers'; last the one that names the others
+# where sentence-transformers says how many tokens a text may have; the first there is counts
 LENGTH_FILES = ("sentence_bert_config.json", "sentence_distilbert_config.json")
+# all of its files; last the one that names the others
 POOLING_FILES = (
     *LENGTH_FILES,
     "config_sentence_transformers.json",

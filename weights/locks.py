@@ -1,5 +1,6 @@
 """One process at a time writes a file."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,10 @@ except ModuleNotFoundError:  # Windows
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Raises ValueError if another process is in here with this path. (Not noticed on Windows.)"""
+    """Raises ValueError if another process is in here with this path.
+
+    (Not noticed on Windows, nor on file systems without locks.)
+    """
     lock = Path(f"{path}.lock")
     with lock.open("w") as file:
         try:
@@ -23,6 +27,9 @@ def alone(path: Path) -> Iterator[None]:
                     raise BlockingIOError  # it was another's, who has removed it, and there is a new one
         except (BlockingIOError, FileNotFoundError):
             raise ValueError(f"{path} is being written by another process: wait for it or stop it") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
         try:
             yield
         finally:
