@@ -321,7 +321,7 @@ def run_all(options: Options, processes: Processes, held: ExitStack) -> None:
     run = None
     if options.resume:
         run = RunDirectory(str(options.output))
-        processes.from_first(partial(hold, run, held))
+        processes.from_first(partial(held.enter_context, run.alone()))
         processes.from_first(run.recover)
         progress, state = run.load(progress)
     start = replace(options, model=f"{options.output}/last") if state else options
@@ -390,11 +390,6 @@ def check_settings(
             )
 
 
-def hold(run: RunDirectory, held: ExitStack) -> None:
-    """Keeps other processes out of a run's directory until `held` is closed."""
-    held.enter_context(run.alone())
-
-
 def open_run(options: Options, model: MultiTaskModel, processes: Processes, held: ExitStack) -> RunDirectory:
     """The directory of a new run, made by the first process."""
 
@@ -402,7 +397,7 @@ def open_run(options: Options, model: MultiTaskModel, processes: Processes, held
         path = Path(options.output) if options.output else next_directory()
         run = RunDirectory(path)
         if not options.resume:
-            hold(run, held)
+            held.enter_context(run.alone())
         taken = [name for name in ("config.json", "metrics.jsonl", "best", "last") if (path / name).exists()]
         if taken and not options.resume:
             raise ValueError(
@@ -475,6 +470,7 @@ def main(argv: list[str] | None = None) -> int:
             if options.fast:
                 held.enter_context(onednn_products())
             run_all(options, processes, held)
+        print(end="", flush=True)  # whether anybody reads the last lines is noticed now
         return 0
     except KeyboardInterrupt as interrupt:
         where = interrupt.args[0] if interrupt.args else "DIR"  # a signal that acts at once does not know

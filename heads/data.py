@@ -175,7 +175,7 @@ def label_names(examples: Sequence[Example], tasks: Sequence[str]) -> dict[str, 
         if len(found) < 2:
             has = f"only the label {found.pop()!r}" if found else "no label at all"
             raise DataError(f"the training examples have {has} for {task}: there must be two or more")
-        numbers = all(label.isdecimal() and len(label) < 4300 for label in found)  # longer ones int() refuses
+        numbers = all(label.isdecimal() for label in found)
         names[task] = tuple(sorted(found, key=lambda label: (int(label) if numbers else 0, label)))
     return names
 

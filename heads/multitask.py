@@ -181,7 +181,7 @@ class MultiTaskModel(nn.Module):
         directory = resolve(name_or_path)
         if not (directory / SETTINGS).is_file():
             raise CheckpointError(
-                f"{directory} has no {SETTINGS}, so no MultiTaskModel was saved there: put heads on one "
+                f"{directory} has no {SETTINGS}, so no MultiTaskModel was saved there: make one "
                 "by MultiTaskModel(BertModel.from_pretrained(...), {...})"
             )
         settings = read_json(directory / SETTINGS).get("heads")

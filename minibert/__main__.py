@@ -39,8 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             status = int(arguments.run(arguments))
-        if sys.stdout is not None:  # as it is where standard output is closed
-            sys.stdout.flush()
+        print(end="", flush=True)  # whether anybody reads the last lines is noticed now
         return status
     except KeyboardInterrupt:
         return 130

@@ -144,7 +144,7 @@ def run_texts(
     """
     device = fast.device
     order = sorted((i for i, row in enumerate(ids) if row), key=lambda i: -len(ids[i]))
-    for batch in cut(order, ids, batch_size, token_budget(fast.config, device)):
+    for batch in in_batches(order, ids, batch_size, token_budget(fast.config, device)):
         packed = PackedBatch.from_rows([ids[i] for i in batch], fast.config, device)
         yield batch, packed.packing, run(fast, packed, compiled=compiled)
 
@@ -155,7 +155,7 @@ def token_budget(config: BertConfig, device: torch.device) -> int:
     return min(TOKEN_BUDGET[kind], NUMBERS[kind] // config.hidden_size)
 
 
-def cut(
+def in_batches(
     order: list[int], ids: Sequence[Sequence[int]], batch_size: int | None, budget: int
 ) -> Iterator[list[int]]:
     """`order` in pieces of `batch_size` texts or, if that is None, of at most `budget` tokens or one text."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert.fast_attention import has_varlen
-from minibert.fast_inference import cut, fast_copy, run_texts, token_budget
+from minibert.fast_inference import fast_copy, in_batches, run_texts, token_budget
 from minibert.fused_layers import has_hook
 from minibert.model import BertModel
 from minibert.onednn import onednn_products
@@ -269,7 +269,7 @@ class SentenceEncoder(nn.Module):
         device, config = self.model.device, self.model.config
         by_length = sorted((i for i, row in enumerate(ids) if row), key=lambda i: len(ids[i]))
         for _, run in groupby(by_length, key=lambda i: len(ids[i])):
-            for batch in cut(list(run), ids, batch_size, token_budget(config, device)):
+            for batch in in_batches(list(run), ids, batch_size, token_budget(config, device)):
                 yield batch, self(torch.tensor([ids[i] for i in batch], device=device))
 
     def _join(self, blocks: list[Tensor]) -> Tensor:

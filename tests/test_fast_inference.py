@@ -565,11 +565,11 @@ def test_a_norm_in_the_place_of_a_dropout_counts(minilm: Path) -> None:
     )
     model = BertModel(config).eval()
     norm = nn.LayerNorm(36)
-    nn.init.normal_(norm.weight, std=3.0)
+    nn.init.normal_(norm.bias, std=3.0)
     model.layers[0].feed_forward.dropout = norm  # type: ignore[union-attr]
     encoder = SentenceEncoder(model, Tokenizer.from_pretrained(minilm), dtype=torch.bfloat16)
     texts = ["one text", "and another one"]
-    assert relative(encoder.encode(texts, convert_to_tensor=True), reference(encoder, texts)) < 0.05
+    assert relative(encoder.encode(texts, convert_to_tensor=True), reference(encoder, texts)) < 0.02
 
 
 def test_inference_tensors_are_taken_as_they_are(minilm: Path) -> None:
