@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from heads.losses import MISSING
+from minibert.devices import find_device
 
 
 class FirstFailedError(RuntimeError):
@@ -31,17 +32,7 @@ class Processes:
         self.bf16 = bf16
         self.rank = int(os.environ.get("RANK", "0"))
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        try:
-            self.device = torch.device(device)
-            if self.device.type not in ("cpu", "cuda"):
-                raise RuntimeError("it must be cpu or cuda")
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:  # no such kind of device, or none of it here
-            raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        self.device = find_device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every size of batch

@@ -49,6 +49,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:  # CheckpointError and ModelNotFoundError among them
         print(f"minibert: error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported
+            raise
+        reason = str(error).partition(".")[0]
+        print(f"minibert: error: out of memory, try a smaller --batch-size ({reason})", file=sys.stderr)
+        return 2
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
@@ -171,20 +177,14 @@ def _merge(arguments: argparse.Namespace) -> int:
 def _load(arguments: argparse.Namespace) -> SentenceEncoder:
     import torch
 
+    from minibert.devices import find_device
     from minibert.sentence_encoder import SentenceEncoder
 
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    device = find_device(arguments.device)
     encoder = SentenceEncoder.from_pretrained(
         arguments.model, dtype=getattr(torch, arguments.dtype) if arguments.dtype else None
     )
-    try:
-        return encoder.to(device)
-    except (RuntimeError, AssertionError) as error:  # no such kind of device, or none of it here
-        raise ValueError(f"--device {arguments.device}: {str(error).splitlines()[0]}") from error
+    return encoder.to(device)
 
 
 def _check_output(output: Path) -> None:

@@ -56,8 +56,7 @@ def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> BertModel:
 class _Kept:
     """A fast copy and what it was made from; an attribute of its model, but not copied or pickled with it.
 
-    `weights` are there so that no later parameter can have the identity or the memory of one of them: after
-    `model.to(...)` the old ones go when the model encodes again.
+    `weights` are there so that no later parameter can have the identity or the memory of one of them.
     """
 
     copy: BertModel | None = None

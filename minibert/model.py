@@ -176,6 +176,11 @@ class BertModel(nn.Module):
         """
         save_checkpoint(directory, self.config.to_dict(), self.state_dict())
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        """`.to(...)`, `.half()`: what `encode` keeps of the old weights goes with them."""
+        vars(self).pop("_kept", None)
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call,no-any-return]
+
     def _initialise(self, module: nn.Module) -> None:
         """Normal weights, zero biases and zero padding vector, as published (initializer_range)."""
         if isinstance(module, nn.Linear | nn.Embedding):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from minibert import SentenceEncoder
@@ -145,6 +146,8 @@ def test_closed_streams(tmp_path: Path) -> None:
         (["-"], b"fine\nb\xe4d\n", "standard input, line 2: not UTF-8 (byte 0xe4 at position 1)"),
         (["a\udcff"], b"", "text 0 is not valid Unicode"),
         (["--model", "no-such-model", "a"], b"", "no model 'no-such-model'"),
+        (["--device", "meta", "a"], b"", "--device meta: it must be cpu or cuda"),
+        (["--device", "cuda:99", "a"], b"", "--device cuda:99: "),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -164,6 +167,18 @@ def test_bad_input_is_one_sentence(
     assert line.startswith("minibert: error: ")
     assert message in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_out_of_memory_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr("minibert.fast_inference._run", forward)
+    assert main(["encode", *MODEL, "a"]) == 2
+    message = "out of memory, try a smaller --batch-size (CUDA out of memory)"
+    assert capsys.readouterr().err == f"minibert: error: {message}\n"
 
 
 def test_parity_command(

@@ -625,6 +625,18 @@ def test_the_copy_dies_with_its_model(minilm: Path) -> None:
     assert model() is None
 
 
+def test_old_weights_go_when_the_model_is_converted(minilm: Path) -> None:
+    encoder = two_layers(minilm)
+    encoder.encode("one text")
+    kept = weakref.ref(vars(encoder.model)["_kept"])  # the packed ones, too
+    encoder.half()
+    assert kept() is None
+    encoder.float()
+    assert (
+        relative(encoder.encode(["one text"], convert_to_tensor=True), reference(encoder, ["one text"])) < 1e-6
+    )
+
+
 def test_a_larger_vocabulary_counts_once_the_config_says_so(minilm: Path) -> None:
     encoder = two_layers(minilm)
     encoder.tokenizer.backend.add_tokens(["zzqq"])
