@@ -41,7 +41,7 @@ from benchmarks.encode import (
 )
 from benchmarks.load import save_base_size
 from minibert import BertConfig, SentenceEncoder
-from minibert.fast_inference import fast_copy, run_texts, token_budget
+from minibert.fast_inference import FastModel, run_texts, token_budget
 from minibert.tokenizer import pad
 from weights import resolve
 
@@ -70,7 +70,7 @@ def square() -> Callable[[], object]:
 
 def ours(encoder: SentenceEncoder, ids: Ids) -> Callable[[], object]:
     """Embeddings of texts whose ids are known."""
-    fast = fast_copy(encoder.model, encoder.dtype)
+    fast = FastModel(encoder.model, encoder.dtype)
 
     def encode() -> list[Tensor]:
         with torch.inference_mode():

@@ -12,7 +12,8 @@ from torch import Tensor
 from heads.data import SentenceDataset
 from heads.multitask import MultiTaskModel, MultiTaskOutput
 from minibert import BertModel, mean_pooling
-from minibert.fast_inference import new_fast_copy, run_texts
+from minibert.fast_inference import FastModel, run_texts
+from minibert.fused_layers import is_untouched
 from minibert.inputs import check_inputs
 
 
@@ -63,7 +64,8 @@ def fill(
     are taken as is fastest.
     """
     pooled = depth == len(model.encoder.layers)
-    fast = _fast_encoder(model.encoder, depth) if model.encoder.attention == "packed" else None
+    packed = model.encoder.attention == "packed" and is_untouched(model.encoder)
+    fast = _fast_encoder(model.encoder, depth) if packed else None
     for dataset, batches in sets.items():
         dataset.forget_features()
         features: dict[int, Tensor] = {}
@@ -85,7 +87,7 @@ def _padded(
         yield {i: (row[: len(dataset.ids[i])] if row.dim() == 2 else row).clone() for i, row in rows}
 
 
-def _packed(fast: BertModel, dataset: SentenceDataset, pooled: bool) -> Iterator[dict[int, Tensor]]:
+def _packed(fast: FastModel, dataset: SentenceDataset, pooled: bool) -> Iterator[dict[int, Tensor]]:
     nothing = torch.zeros(0, fast.config.hidden_size)  # (0, H), of a text without any token
     yield {i: nothing.sum(0) if pooled else nothing for i, row in enumerate(dataset.ids) if not row}
     for batch, packing, hidden in run_texts(fast, dataset.ids):
@@ -96,7 +98,7 @@ def _packed(fast: BertModel, dataset: SentenceDataset, pooled: bool) -> Iterator
         yield {i: row.clone() for i, row in zip(batch, rows, strict=True)}
 
 
-def _fast_encoder(encoder: BertModel, depth: int) -> BertModel:
+def _fast_encoder(encoder: BertModel, depth: int) -> FastModel:
     kind = encoder.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return new_fast_copy(encoder, dtype, layers=depth)
+    return FastModel(encoder, dtype, layers=depth)

@@ -15,7 +15,7 @@ from heads.mlp import MLPHead
 from minibert import BertModel, SentenceEncoder, Tokenizer, mean_pooling
 from minibert.freezing import keep_frozen_in_eval
 from minibert.sentence_encoder import evaluating
-from weights import CheckpointError, resolve, save_checkpoint
+from weights import CheckpointError, resolve
 from weights.hub import TOKENIZER_FILES
 from weights.json_files import read_json, to_json
 from weights.safetensors_files import read_file
@@ -151,7 +151,7 @@ class MultiTaskModel(nn.Module):
                 settings[name] |= sizes | {"classes": head.out.out_features}
         files: dict[str, Any] = {SETTINGS: to_json({"heads": settings}), TENSORS: self.heads.state_dict()}
         if self.tokenizer is None:
-            save_checkpoint(directory, self.encoder.config.to_dict(), self.encoder.state_dict(), files)
+            self.encoder.save_pretrained(directory, files)
         else:
             SentenceEncoder(self.encoder, self.tokenizer).save_pretrained(directory, files)
 

@@ -5,11 +5,10 @@ and the weights of its LayerNorms; its Linears hold theirs in the layout that on
 key and value as one product and GELU inside the up-projection. docs/performance.md has the measurements.
 """
 
-import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minibert.attention import AttentionFunction
 from minibert.config import BertConfig
-from minibert.embeddings import Embeddings
 from minibert.fast_attention import varlen_attention
-from minibert.fused_layers import fuse, has_hook, is_plain, lighten, replace
-from minibert.layers import EncoderLayer
+from minibert.fused_layers import FusedEmbeddings, FusedLayer, is_untouched
 from minibert.memory import keep_freed_memory
 from minibert.model import BertModel
 from minibert.packing import PackedBatch, Packing
@@ -30,38 +27,69 @@ from weights.safetensors_files import release_memory
 # Per batch, at most: tokens, and numbers (tokens * H), which on a CPU fit its caches. See docs/performance.md.
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 65536}
 NUMBERS = {"cpu": 2048 * 768, "cuda": 32768 * 768}
+SAMPLE = 16  # numbers of each Linear that tell whether its weight has changed
 
 
-def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> BertModel:
-    """The model as `run` wants it. It shares all weights but the Linears', and is made anew when they change.
+class FastModel:
+    """A model, or its lowest `layers`, as `run` wants it. It shares all weights but the Linears'.
 
-    So it is when a Module or a hook is put in, or taken out. (What is written into a parameter's `.data` goes
-    unnoticed, since torch keeps no record of it, and so does one activation function in place of another.)
-    Hooks inside it see packed states, (tokens, H); what has one in a layer is not fused, nor are adapters, and
-    both are shared: then `training` is true, and whoever runs it sets the model's mode. `dtype` is what the
-    Linears compute in (the weights' own if None); all else stays as it is. With inference tensors, of which
-    nothing tells whether they have changed, it is made anew every time.
+    `dtype` is what the Linears compute in, the weights' own if None; all else stays as it is.
+    """
+
+    def __init__(self, model: BertModel, dtype: torch.dtype | None = None, layers: int | None = None) -> None:
+        keep_freed_memory()
+        self.config, self.device, self.dtype = model.config, model.device, model.dtype
+        self.embeddings: Callable[..., Tensor] = FusedEmbeddings(model.embeddings)
+        self.layers: list[Callable[..., tuple[Tensor, Tensor | None]]] = []
+        some: list[Any] = list(model.layers)[:layers]
+        for layer in some:
+            self.layers.append(FusedLayer(layer, model.config.hidden_act, dtype))
+            release_memory(list(layer.parameters()))
+
+
+def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> FastModel | None:
+    """A model's `FastModel`, made anew when it has changed; None if somebody put a part or a hook into it.
+
+    A change is another part, hook or parameter, or another number in one. (Of what is written into a
+    parameter's `.data` torch keeps no record, so a few numbers of each Linear are compared; an activation
+    function in another's place goes unnoticed.) With inference tensors, of which nothing tells whether they
+    have changed, the copy is made anew every time.
     """
     model = getattr(model, "_orig_mod", model)  # of a compiled one
-    state = _identities(model), dtype, model.config
+    state = _identities(model), dtype, model.config, model.attention
     with _LOCK:
         kept: _Kept = vars(model).setdefault("_kept", _Kept())
-        if kept.copy is None or kept.state != state:
-            kept.copy, kept.weights = None, ()  # before their successors take as much memory
-            kept.copy, kept.state = new_fast_copy(model, dtype), state
-            kept.weights = [(parameter, parameter.detach()) for parameter in model.parameters()]
+        if kept.state != state or not kept.sampled_alike():
+            kept.copy = kept.state = kept.numbers = None  # before its successor takes as much memory
+            kept.parts = [*list(model.modules())[1:], *((p, p.detach()) for p in model.parameters())]
+            if is_untouched(model):
+                kept.sample(model)
+                kept.copy = FastModel(model, dtype)
+            kept.state = state
         return kept.copy
 
 
 class _Kept:
     """A fast copy and what it was made from; an attribute of its model, but not copied or pickled with it.
 
-    `weights` are there so that no later parameter can have the identity or the memory of one of them.
+    `parts` are there so that nothing later can have the identity or the memory of one of them.
     """
 
-    copy: BertModel | None = None
+    copy: FastModel | None = None
     state: object = None
-    weights: Sequence[object] = ()
+    parts: Sequence[object] = ()
+    samples: list[Tensor]
+    numbers: Tensor | None = None  # what the samples were
+
+    def sample(self, model: BertModel) -> None:
+        """Takes some numbers of each Linear in a layer, in one line of the cache."""
+        linears = [part for part in model.layers.modules() if isinstance(part, nn.Linear)]
+        self.samples = [each.weight.detach()[len(each.weight) // 2, :SAMPLE] for each in linears]
+        self.numbers = torch.cat(self.samples)
+
+    def sampled_alike(self) -> bool:
+        """Whether they are what they were."""
+        return self.numbers is None or torch.equal(torch.cat(self.samples), self.numbers)
 
     def __reduce__(self) -> tuple[type["_Kept"], tuple[()]]:
         return _Kept, ()
@@ -85,7 +113,6 @@ def _identities(model: BertModel) -> list[object]:
     return [*state, *map(id, modules)]
 
 
-M = TypeVar("M", bound=nn.Module)
 _LOCK = threading.Lock()  # threads may encode at the same time
 
 
@@ -100,38 +127,8 @@ def _note_fused_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
 register_optimizer_step_post_hook(_note_fused_step)
 
 
-def new_fast_copy(model: BertModel, dtype: torch.dtype | None = None, layers: int | None = None) -> BertModel:
-    """A `fast_copy` that nobody else keeps; of the lowest `layers` only, if given."""
-    keep_freed_memory()
-    fast = _twin(model)
-    vars(fast).pop("_kept", None)
-    if isinstance(model.embeddings, Embeddings):
-        fast.embeddings = _twin(model.embeddings)
-        lighten(fast.embeddings, "token_type", "position", "norm", "dropout")
-    called = []
-    for layer in list(model.layers)[:layers]:
-        if isinstance(layer, EncoderLayer):
-            used = list(layer.parameters())
-            layer = _twin(layer)
-            fuse(layer, model.config.hidden_act, dtype)
-            release_memory(used)
-        called.append(layer if has_hook(layer) else layer.forward)
-    replace(fast, "layers", called)
-    fast.training = not all(map(is_plain, model.modules()))
-    return fast
-
-
-def _twin(module: M) -> M:
-    """A module with the same parts, of which some can be replaced in it alone."""
-    twin = copy.copy(module)
-    for name, value in module.__dict__.items():
-        if isinstance(value, dict):  # of parts, parameters, hooks
-            twin.__dict__[name] = value.copy()
-    return twin
-
-
 def run_texts(
-    fast: BertModel,
+    fast: FastModel,
     ids: Sequence[Sequence[int]],
     batch_size: int | None = None,
     *,
@@ -170,7 +167,7 @@ def in_batches(
         yield batch
 
 
-def run(fast: BertModel, batch: PackedBatch, *, compiled: bool = False) -> Tensor:
+def run(fast: FastModel, batch: PackedBatch, *, compiled: bool = False) -> Tensor:
     """The last hidden state of every token, (tokens, H); `compiled` by torch.compile, for CUDA."""
     if compiled:
         starts, longest = batch.packing.starts, batch.packing.longest
@@ -178,15 +175,15 @@ def run(fast: BertModel, batch: PackedBatch, *, compiled: bool = False) -> Tenso
     return _run(fast, batch.input_ids, batch.position_ids, batch.packing.attend)
 
 
-def _run(fast: BertModel, input_ids: Tensor, position_ids: Tensor, attend: AttentionFunction) -> Tensor:
-    hidden: Tensor = fast.embeddings(input_ids, None, position_ids)  # (tokens, H)
-    for output, _ in fast.run_layers(hidden, None, attend=attend):
-        hidden = output
+def _run(fast: FastModel, input_ids: Tensor, position_ids: Tensor, attend: AttentionFunction) -> Tensor:
+    hidden = fast.embeddings(input_ids, None, position_ids)  # (tokens, H)
+    for layer in fast.layers:
+        hidden, _ = layer(hidden, None, attend)
     return hidden
 
 
 def run_varlen(
-    fast: BertModel, input_ids: Tensor, position_ids: Tensor, starts: Tensor, longest: int
+    fast: FastModel, input_ids: Tensor, position_ids: Tensor, starts: Tensor, longest: int
 ) -> Tensor:
     """`run` of tensors alone, without a loop over runs: a graph serves batches of all sizes."""
     return _run(fast, input_ids, position_ids, partial(varlen_attention, starts=starts, longest=longest))

@@ -1,11 +1,12 @@
-"""A layer's parts made fast for inference: fewer products, and nothing around them that only training needs.
+"""The encoder's parts made fast for inference: fewer products, and nothing around them that training needs.
 
 Not Modules: what those do before each call takes nearly a tenth of MiniLM's time for a short sentence.
 """
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +16,10 @@ from minibert import onednn
 from minibert.attention import SelfAttention
 from minibert.embeddings import Embeddings
 from minibert.fast_dropout import FastDropout
-from minibert.layers import ACTIVATIONS, EncoderLayer, FeedForward, Pooler
-from minibert.model import BertModel
+from minibert.layers import ACTIVATIONS, EncoderLayer, FeedForward
+from minibert.model import BertModel, NoInitialisation
 
-M = TypeVar("M", bound=nn.Module)
-FUSED_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "swish"}  # in oneDNN's product, by its names
-
-KINDS = (
-    *(BertModel, Embeddings, EncoderLayer, SelfAttention, FeedForward, Pooler, FastDropout),
-    *(nn.ModuleList, nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout),
-)
+FUSED_ACTIVATIONS = {"gelu": "gelu", "silu": "swish"}  # in oneDNN's product, by its names (its relu hides NaN)
 
 
 class FusedLinear:
@@ -75,13 +70,12 @@ class FusedAttention:
         self.head_size = attention.head_size
         self.query_key_value = FusedLinear(attention.query, attention.key, attention.value, dtype=dtype)
         self.output = FusedLinear(attention.output, dtype=dtype)
-        self.dropout = _lighter(attention.dropout)
+        self.dropout = _unchanged
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens, H) -> query, key and value, (N, tokens, D) each."""
-        tokens, width = hidden.shape
         states = self.query_key_value(hidden)  # (tokens, 3 * H)
-        states = states.view(tokens, 3, width // self.head_size, self.head_size)  # (tokens, 3, N, D)
+        states = states.view(hidden.shape[0], 3, -1, self.head_size)  # (tokens, 3, N, D)
         query, key, value = states.permute(1, 2, 0, 3).unbind()
         return query, key, value
 
@@ -97,21 +91,20 @@ class FusedFeedForward:
     def __init__(
         self, feed_forward: FeedForward, hidden_act: str, dtype: torch.dtype | None, part: slice = slice(None)
     ) -> None:
-        as_published = feed_forward.activation is ACTIVATIONS[hidden_act]
-        fused = hidden_act if hidden_act in FUSED_ACTIVATIONS and as_published else None
+        fused = hidden_act if hidden_act in FUSED_ACTIVATIONS else None
         self.up = FusedLinear(feed_forward.up, activation=fused, dtype=dtype, outputs=part)
         self.activation = _unchanged if fused else feed_forward.activation
         self.down = FusedLinear(feed_forward.down, dtype=dtype, inputs=part)
-        self.dropout = _lighter(feed_forward.dropout)
+        self.dropout = _unchanged
 
 
 class FeedForwardInParts:
-    """A feed-forward as the sum of its parts, each of `size` inner numbers. Without dropout."""
+    """A feed-forward as the sum of its parts, each of `size` inner numbers."""
 
     def __init__(
         self, feed_forward: FeedForward, hidden_act: str, dtype: torch.dtype | None, size: int
     ) -> None:
-        starts = range(0, feed_forward.up.out_features, size)
+        starts = range(0, len(feed_forward.up.weight), size)
         parts = [slice(start, start + size) for start in starts]
         self.dtype = dtype or feed_forward.up.weight.dtype
         self.parts: list[Callable[[Tensor], Tensor]] = [
@@ -127,68 +120,71 @@ class FeedForwardInParts:
         return total.to(hidden.dtype)
 
 
-def fuse(layer: EncoderLayer, hidden_act: str, dtype: torch.dtype | None) -> None:
-    """Puts these parts in the places of a layer's own, but where there is an adapter, say, or a hook."""
-    attention, feed_forward = layer.attention, layer.feed_forward
-    if _is_plain(attention, SelfAttention) and _are_linear(
-        attention.query, attention.key, attention.value, attention.output
-    ):
-        replace(layer, "attention", FusedAttention(attention, dtype))
-    if _is_plain(feed_forward, FeedForward) and _are_linear(feed_forward.up, feed_forward.down):
-        down = feed_forward.down
-        size = onednn.block(down.weight, dtype or down.weight.dtype)
-        as_published = feed_forward.activation is ACTIVATIONS[hidden_act]  # so each number by itself
-        if size < down.in_features and as_published and _lighter(feed_forward.dropout) is _unchanged:
-            replace(layer, "feed_forward", FeedForwardInParts(feed_forward, hidden_act, dtype, size))
-        else:
-            replace(layer, "feed_forward", FusedFeedForward(feed_forward, hidden_act, dtype))
-    lighten(layer, "attention_norm", "feed_forward_norm")
+class FusedLayer:
+    """`EncoderLayer` of these."""
 
+    __call__ = EncoderLayer.forward
 
-def lighten(module: nn.Module, *names: str) -> None:
-    """Has `module` call functions in place of Modules with these names, if it has them."""
-    for name in names:
-        if (part := getattr(module, name)) is not None:
-            replace(module, name, _lighter(part))
-
-
-def _lighter(part: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What a plain Module calls, which is nothing for a Dropout; otherwise the Module."""
-    if _is_plain(part, nn.LayerNorm):
-        return partial(
-            torch.layer_norm,
-            normalized_shape=part.normalized_shape,
-            weight=part.weight,
-            bias=part.bias,
-            eps=part.eps,
+    def __init__(self, layer: EncoderLayer, hidden_act: str, dtype: torch.dtype | None) -> None:
+        self.attention = FusedAttention(layer.attention, dtype)
+        self.attention_norm = _layer_norm(layer.attention_norm)
+        down = layer.feed_forward.down.weight  # (H, inner)
+        size = onednn.block(down, dtype or down.dtype)
+        self.feed_forward: Callable[[Tensor], Tensor] = (
+            FeedForwardInParts(layer.feed_forward, hidden_act, dtype, size)
+            if size < down.shape[1]
+            else FusedFeedForward(layer.feed_forward, hidden_act, dtype)
         )
-    if _is_plain(part, nn.Embedding) and part.max_norm is None:
-        return partial(torch.embedding, part.weight)
-    return _unchanged if _is_plain(part, nn.Dropout) or _is_plain(part, FastDropout) else part
+        self.feed_forward_norm = _layer_norm(layer.feed_forward_norm)
+
+
+class FusedEmbeddings:
+    """`Embeddings` by functions."""
+
+    __call__ = Embeddings.forward
+
+    def __init__(self, embeddings: Embeddings) -> None:
+        self.word, self.position = _table(embeddings.word), _table(embeddings.position)
+        self.token_type = None if embeddings.token_type is None else _table(embeddings.token_type)
+        self.norm = _layer_norm(embeddings.norm)
+        self.dropout = _unchanged
+
+
+def _layer_norm(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
+    shape, weight, bias = norm.normalized_shape, norm.weight, norm.bias
+    return partial(torch.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=norm.eps)
+
+
+def _table(embedding: nn.Embedding) -> Callable[[Tensor], Tensor]:
+    return partial(torch.embedding, embedding.weight)
 
 
 def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
-def replace(module: nn.Module, name: str, by: object) -> None:
-    """Puts what is no Module in the place of one, for which setattr alone is refused."""
-    delattr(module, name)
-    setattr(module, name, by)
+def is_untouched(model: BertModel) -> bool:
+    """Whether all its parts are those that `BertModel` makes, and nobody has put a hook or a function there.
+
+    Other sizes and values change nothing.
+    """
+    if type(model) is not BertModel or model.attention not in ("sdpa", "eager", "packed"):
+        return False
+    with torch.device("meta"), NoInitialisation():
+        originals = dict(BertModel(replace(model.config, num_hidden_layers=1)).named_modules())
+    for name, part in model.named_modules():
+        original = originals.get(re.sub(r"^layers\.\d+", "layers.0", name))
+        if original is None or has_hook(part) or _makings(part) != _makings(original):
+            return False
+    return True
 
 
-def _are_linear(*modules: nn.Module) -> bool:
-    """False for what somebody put in a Linear's place, such as an adapter: it is called, not fused."""
-    return all(_is_plain(module, nn.Linear) and module.bias is not None for module in modules)
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether it is one of those that a model is made of, and nobody has changed what it does."""
-    return type(module) in KINDS and _is_plain(module, type(module))
-
-
-def _is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
-    return type(module) is kind and not has_hook(module) and "forward" not in module.__dict__
+def _makings(part: nn.Module) -> tuple[object, ...]:
+    """What decides what a part computes, but for sizes and values."""
+    kind = nn.Dropout if type(part) is FastDropout else type(part)
+    parameters = {name: type(parameter) for name, parameter in part._parameters.items()}
+    own = (getattr(part, "activation", None), getattr(part, "max_norm", None), vars(part).get("forward"))
+    return kind, parameters, own
 
 
 def has_hook(module: nn.Module) -> bool:

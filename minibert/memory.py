@@ -13,4 +13,4 @@ def keep_freed_memory() -> None:
     that it ever mapped and freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD). Freeing one that nobody touched
     costs nothing and tells it. With another C library nothing happens.
     """
-    torch.empty(LARGEST_BLOCK, dtype=torch.uint8)
+    torch.empty(LARGEST_BLOCK, dtype=torch.uint8, device="cpu")

@@ -1,6 +1,6 @@
 """4 of 4: the whole encoder."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -53,7 +53,8 @@ class BertModel(nn.Module):
         self.attention = attention
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.pooler = Pooler(config) if add_pooling_layer else None
+        has_pooler = add_pooling_layer and config.model_type == "bert"
+        self.pooler = Pooler(config) if has_pooler else None
         self.apply(self._initialise)
 
     @property
@@ -93,7 +94,7 @@ class BertModel(nn.Module):
             raise ValueError(
                 f'output_attentions needs attention="eager": {self.attention} never forms the weights'
             )
-        embedded = self.embeddings(input_ids, token_type_ids)  # (B, T, H)
+        embedded = hidden = self.embeddings(input_ids, token_type_ids)  # (B, T, H)
         hidden_states, attentions = [embedded], []
         for hidden, weights in self.run_layers(embedded, attention_mask):
             if output_hidden_states:
@@ -167,14 +168,23 @@ class BertModel(nn.Module):
         model.load_state_dict(checkpoint.tensors_for(shapes, dtype), assign=True)
         return model.eval()
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        other_files: Mapping[str, bytes | Mapping[str, Tensor] | None] | None = None,
+    ) -> None:
         """Writes config.json and model.safetensors with the published names, all or nothing.
+
+        `other_files` (name -> bytes, tensors for safetensors, or None to remove it) are written with them.
 
         Raises:
             CheckpointError: the directory cannot be written.
-            ValueError: parameters that BERT does not have, or another number of layers than `config` says.
+            ValueError: parameters that a BERT with this `config` does not have, or has in another shape.
         """
-        save_checkpoint(directory, self.config.to_dict(), self.state_dict())
+        with torch.device("meta"), NoInitialisation():
+            as_configured = BertModel(self.config, add_pooling_layer=self.pooler is not None)
+        shapes = {name: parameter.shape for name, parameter in as_configured.named_parameters()}
+        save_checkpoint(directory, self.config.to_dict(), self.state_dict(), shapes, other_files)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         """`.to(...)`, `.half()`: what `encode` keeps of the old weights goes with them."""

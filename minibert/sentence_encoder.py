@@ -6,7 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert.fast_attention import has_varlen
-from minibert.fast_inference import fast_copy, in_batches, run_texts, token_budget
+from minibert.fast_inference import FastModel, fast_copy, in_batches, run_texts, token_budget
 from minibert.fused_layers import has_hook
 from minibert.model import BertModel
 from minibert.onednn import onednn_products
-from minibert.packing import send, sum_by_halves
+from minibert.packing import Packing, send, sum_by_halves
 from minibert.pooling import cls_pooling, mean_pooling
 from minibert.sentence_transformers_files import module_files, read_modules
 from minibert.tokenizer import Tokenizer, as_iterable
-from weights import resolve, save_checkpoint
+from weights import resolve
 from weights.hub import OPTIONAL_FILES, TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 POOLINGS = {"mean": mean_pooling, "cls": cls_pooling}
+PACKED_POOLINGS = {"mean": Packing.mean, "cls": Packing.first}
 BLOCK_SENTENCES, BLOCK_CHARACTERS = 4096, 1_000_000  # that are read, tokenized and sorted together
 
 
@@ -158,12 +159,13 @@ class SentenceEncoder(nn.Module):
 
         A sentence's numbers are the same to the last bit whatever else is encoded with it (where:
         docs/performance.md). In float32 they differ from those of `forward`, which pads, by at most
-        1e-6 of the embedding's length. (Where `forward` is not ours, or has a hook, it is called, with texts
-        of one length at a time: slower, in the model's own dtype, and bits may depend on the batch.)
+        1e-6 of the embedding's length. (Where a part of the model is not ours, or has a hook, `forward` is
+        called, with texts of one length at a time: slower, in the model's own dtype, and bits may depend on
+        the batch.)
 
-        Weights may have changed since the last call, but for what torch does not record: after writing
-        into `.data`, or by numpy or a collective into a detached tensor, call
-        `torch.autograd.graph.increment_version(model.parameters())`.
+        Weights may have changed since the last call. Of what is written into `.data`, or by numpy or a
+        collective into a detached tensor, torch keeps no record: it is noticed if it concerns every row of
+        a matrix; else call `torch.autograd.graph.increment_version(model.parameters())`.
 
         Args:
             sentences: a string, or any iterable of strings, which is read block by block.
@@ -229,21 +231,26 @@ class SentenceEncoder(nn.Module):
             done += len(block)
 
     def _embed(self, ids: list[list[int]], batch_size: int | None, progress: Callable[[int], object]) -> Tensor:
-        embeddings = self._empty(len(ids)).zero_()  # a text without any token stays zero
-        if _is_ours(self, SentenceEncoder) and _is_ours(self.model, BertModel):
-            fast = self._fast_copy()
-            results = self._pooled(fast, ids, batch_size)
-            mode = evaluating(self.model) if fast.training else torch.inference_mode()
-        else:
+        fast = self._fast_copy()
+        mode: AbstractContextManager[object]
+        if fast is None:
             results, mode = self._by_forward(ids, batch_size), evaluating(self)
-        with mode, onednn_products() if embeddings.is_cpu else nullcontext():
+        else:
+            results, mode = self._pooled(fast, ids, batch_size), torch.inference_mode()
+        device = self.model.device
+        embeddings = None
+        with mode, onednn_products() if device.type == "cpu" else nullcontext():
             for batch, vectors in results:
-                embeddings.index_copy_(0, send(np.array(batch), embeddings.device), vectors)
+                if embeddings is None:
+                    embeddings = self._empty(len(ids), vectors).zero_()  # a text without any token stays zero
+                embeddings.index_copy_(0, send(np.array(batch), device), vectors.to(embeddings.dtype))
                 progress(len(batch))
-        return embeddings
+        return self._empty(len(ids)).zero_() if embeddings is None else embeddings
 
-    def _fast_copy(self) -> BertModel:
-        fast = fast_copy(self.model, self.dtype)
+    def _fast_copy(self) -> FastModel | None:
+        """None if something is not as we made it: then `forward` is called."""
+        if not self._is_ours() or (fast := fast_copy(self.model, self.dtype)) is None:
+            return None
         if self.dtype and torch.promote_types(self.dtype, fast.dtype) != fast.dtype:
             raise ValueError(
                 f"dtype is {self.dtype} and the model {fast.dtype}, which cannot hold it: leave it out, "
@@ -257,12 +264,17 @@ class SentenceEncoder(nn.Module):
             )
         return fast
 
+    def _is_ours(self) -> bool:
+        """Whether pooling is all that it adds to the model."""
+        own = type(self).forward is not SentenceEncoder.forward or "forward" in vars(self) or has_hook(self)
+        return not own and self.pooling in PACKED_POOLINGS
+
     def _pooled(
-        self, fast: BertModel, ids: list[list[int]], batch_size: int | None
+        self, fast: FastModel, ids: list[list[int]], batch_size: int | None
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Which texts make a batch, and their vectors (batch, H)."""
         for batch, packing, hidden in run_texts(fast, ids, batch_size, compiled=self.compiled):
-            yield batch, packing.mean(hidden) if self.pooling == "mean" else packing.first(hidden)
+            yield batch, PACKED_POOLINGS[self.pooling](packing, hidden)
 
     def _by_forward(self, ids: list[list[int]], batch_size: int | None) -> Iterator[tuple[list[int], Tensor]]:
         """As `_pooled`, by `forward`; texts of one length at a time, so without padding."""
@@ -270,11 +282,12 @@ class SentenceEncoder(nn.Module):
         by_length = sorted((i for i, row in enumerate(ids) if row), key=lambda i: len(ids[i]))
         for _, run in groupby(by_length, key=lambda i: len(ids[i])):
             for batch in in_batches(list(run), ids, batch_size, token_budget(config, device)):
-                yield batch, self(torch.tensor([ids[i] for i in batch], device=device))
+                input_ids = torch.tensor([ids[i] for i in batch], device=device)  # (batch, T)
+                yield batch, self(input_ids, torch.ones_like(input_ids))
 
     def _join(self, blocks: list[Tensor]) -> Tensor:
         """(n, H) of all; takes them off the list one by one, so that each is freed once it is copied."""
-        embeddings = self._empty(sum(map(len, blocks)))
+        embeddings = self._empty(sum(map(len, blocks)), *blocks[:1])
         row = 0
         while blocks:
             block = blocks.pop(0)
@@ -282,9 +295,12 @@ class SentenceEncoder(nn.Module):
             row += len(block)
         return embeddings
 
-    def _empty(self, rows: int) -> Tensor:
-        wide = torch.promote_types(self.model.dtype, torch.float32)
-        return torch.empty(rows, self.model.config.hidden_size, dtype=wide, device=self.model.device)
+    def _empty(self, rows: int, like: Tensor | None = None) -> Tensor:
+        """For `rows` vectors like these, or as the model's states are."""
+        dtype = self.model.dtype if like is None else like.dtype
+        width = self.model.config.hidden_size if like is None else like.shape[1]
+        wide = torch.promote_types(dtype, torch.float32)
+        return torch.empty(rows, width, dtype=wide, device=self.model.device)
 
     def save_pretrained(
         self, directory: str | Path, other_files: Mapping[str, bytes | Mapping[str, Tensor]] | None = None
@@ -295,7 +311,13 @@ class SentenceEncoder(nn.Module):
 
         Raises:
             CheckpointError, ValueError: as `BertModel.save_pretrained`.
+            ValueError: parameters beside the model's, which these files have no place for.
         """
+        if beside := [name for name in self.state_dict() if not name.startswith("model.")]:
+            raise ValueError(
+                f"{', '.join(beside)} would be lost: save the state_dict() by torch.save, "
+                "or encoder.model and encoder.tokenizer alone"
+            )
         files: dict[str, Any] = {**self.tokenizer.files()}
         files |= module_files(
             self.pooling,
@@ -305,31 +327,20 @@ class SentenceEncoder(nn.Module):
         )
         files |= other_files or {}
         of_another = dict.fromkeys({*TOKENIZER_FILES, *OPTIONAL_FILES} - files.keys())  # that was here before
-        save_checkpoint(
-            directory,
-            self.model.config.to_dict(),
-            self.model.state_dict(),
-            {**files, **of_another},
-        )
-
-
-def _is_ours(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether it computes what this kind of module does: nobody's hook or own `forward` is in between."""
-    module = getattr(module, "_orig_mod", module)  # of a compiled one
-    return type(module).forward is kind.forward and "forward" not in vars(module) and not has_hook(module)
+        self.model.save_pretrained(directory, {**files, **of_another})
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients; afterwards every part is in the mode it was in."""
-    training = [part for part in module.modules() if part.training]
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for part in training:
-            part.training = True
+        for part, mode in modes:  # from the top down
+            part.train(mode)
 
 
 def _to_length_one(embeddings: Tensor) -> Tensor:

@@ -170,6 +170,7 @@ class Tokenizer:
                 f"max_length is {limit!r}, it must be an integer from {special} (special tokens) up"
             )
         with TRUNCATION:
+            self.backend.no_padding()  # which somebody may have turned on
             self.backend.enable_truncation(limit)
             try:
                 rows = self.backend.encode_batch_fast(inputs)

@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from minibert import BertModel
+from minibert import BertConfig, BertModel
 from tests.conftest import TINY, save_random, save_random_bert
 from weights import CheckpointError, load_checkpoint
 from weights.checkpoint import collapse_layers
@@ -253,6 +254,54 @@ def test_nothing_is_replaced_if_one_target_cannot_be(copy: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot be written: its config.json is a directory"):
         model.save_pretrained(copy)
     assert (copy / "model.safetensors").read_bytes() == before
+
+
+def misfits() -> list[Callable[[Any], None]]:
+    def larger_vocabulary(model: Any) -> None:
+        model.embeddings.word = nn.Embedding(98, 36)
+
+    def other_inner_size(model: Any) -> None:
+        model.layers[0].feed_forward.up, model.layers[0].feed_forward.down = nn.Linear(36, 9), nn.Linear(9, 36)
+
+    def no_bias(model: Any) -> None:
+        model.layers[1].attention.value = nn.Linear(36, 36, bias=False)
+
+    def no_norm(model: Any) -> None:
+        model.layers[1].attention_norm = nn.Identity()
+
+    def no_types(model: Any) -> None:
+        model.embeddings.token_type = None
+
+    return [larger_vocabulary, other_inner_size, no_bias, no_norm, no_types]
+
+
+@pytest.mark.parametrize("change", misfits(), ids=lambda change: change.__name__)
+def test_what_could_not_be_loaded_is_not_saved(copy: Path, change: Callable[[Any], None]) -> None:
+    model = BertModel.from_pretrained(copy)
+    before = (copy / "model.safetensors").read_bytes()
+    change(model)
+    with pytest.raises(ValueError, match=r"the model is not what its config says \(.* is .*, by the config \("):
+        model.save_pretrained(copy)
+    assert (copy / "model.safetensors").read_bytes() == before
+    if change.__name__ == "larger_vocabulary":
+        model.config = replace(model.config, vocab_size=98)
+        model.save_pretrained(copy)
+        assert_same_weights(BertModel.from_pretrained(copy), model)
+
+
+def test_a_distilbert_has_no_pooler(tmp_path: Path) -> None:
+    config = BertConfig(
+        model_type="distilbert",
+        type_vocab_size=0,
+        hidden_size=36,
+        num_attention_heads=3,
+        num_hidden_layers=1,
+        intermediate_size=7,
+    )
+    model = BertModel(config)
+    assert model.pooler is None
+    model.save_pretrained(tmp_path)
+    assert_same_weights(BertModel.from_pretrained(tmp_path), model)
 
 
 def test_tied_layers_are_written_twice(tiny: Path, tmp_path: Path) -> None:

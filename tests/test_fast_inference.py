@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, cast
 from unittest.mock import Mock
 
 import numpy as np
@@ -35,9 +35,9 @@ from minibert import (
     onednn,
     sentence_encoder,
 )
-from minibert.attention import eager_attention
+from minibert.attention import ATTENTION_FUNCTIONS, eager_attention
 from minibert.fast_attention import even_pieces
-from minibert.fast_inference import fast_copy, run, run_varlen
+from minibert.fast_inference import FastModel, fast_copy, run, run_varlen
 from minibert.fused_layers import FeedForwardInParts, FusedLinear
 from minibert.layers import FeedForward
 from minibert.onednn import packs_weights
@@ -140,7 +140,8 @@ def test_without_onednn_the_numbers_are_the_same(
     with_it = encoder.encode(texts, convert_to_tensor=True)
     monkeypatch.setattr(onednn, "packs_weights", lambda weight: False)
     encoder = copy.deepcopy(encoder)  # which has no fast copy yet
-    assert not first_layer(fast_copy(encoder.model)).attention.output.packed
+    first: Any = FastModel(encoder.model).layers[0]
+    assert not first.attention.output.packed
     assert relative(encoder.encode(texts, convert_to_tensor=True), with_it) < 1e-6
     assert relative(encoder.encode(texts, convert_to_tensor=True), reference(encoder, texts)) < 1e-6
 
@@ -405,18 +406,12 @@ def test_feed_forward_in_parts_is_what_it_is_as_a_whole(act: str, dtype: torch.d
     assert error < (1e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
-def first_layer(fast: BertModel) -> Any:
-    called: Any = fast.layers[0]
-    return called.__self__  # a layer's `forward`
-
-
 def test_the_copy_shares_what_it_does_not_pack(minilm: Path) -> None:
     model = BertModel.from_pretrained(minilm)
-    fast = fast_copy(model)
-    assert fast is fast_copy(model)
-    assert fast.embeddings.word.weight is model.embeddings.word.weight
-    ours = first_layer(fast)
-    assert ours.attention_norm.keywords["weight"] is model.layers[0].attention_norm.weight  # type: ignore[union-attr]
+    assert fast_copy(model) is fast_copy(model)
+    fast = cast(Any, fast_copy(model))
+    assert fast.embeddings.word.args[0] is model.embeddings.word.weight
+    assert fast.layers[0].attention_norm.keywords["weight"] is model.layers[0].attention_norm.weight  # type: ignore[union-attr]
     assert type(model.layers[0].attention.query) is nn.Linear  # type: ignore[union-attr]
 
 
@@ -429,6 +424,15 @@ class Louder(nn.Module):
 
     def forward(self, *inputs: Tensor | None) -> Tensor:
         return self.inner(*inputs) * torch.arange(36)  # type: ignore[no-any-return]
+
+
+def uniform_attention(
+    _: object, __: object, value: Tensor, mask: Tensor | None, ___: object
+) -> tuple[Tensor, None]:
+    if mask is None:
+        mask = torch.ones(len(value), 1, value.shape[2], value.shape[2])
+    weights = mask.float() / mask.sum(-1, keepdim=True)  # (B, 1, T, T)
+    return weights.expand(-1, value.shape[1], -1, -1) @ value, None
 
 
 def changes() -> list[Callable[[BertModel], None]]:
@@ -517,6 +521,45 @@ def changes() -> list[Callable[[BertModel], None]]:
     def other_layer(model: BertModel) -> None:
         model.get_submodule("layers")[1] = OnlyScaled()  # type: ignore[operator]
 
+    def merged(model: BertModel) -> None:  # as peft does
+        for layer in model.layers:
+            value = layer.get_submodule("attention.value")
+            value.get_parameter("weight").data += 0.01 * torch.randn(36, 2) @ torch.randn(2, 36)
+
+    def plain_tensor(model: BertModel) -> None:
+        value = model.get_submodule("layers.1.attention.value")
+        del value.weight
+        value.weight = torch.randn(36, 36)
+
+    def without_cls(model: BertModel) -> None:
+        def ablate(_: nn.Module, __: object, output: tuple[Tensor, None]) -> tuple[Tensor, None]:
+            hidden = output[0].clone()
+            hidden[:, 0] = 0
+            return hidden, None
+
+        model.layers[0].register_forward_hook(ablate)
+
+    class Mixing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.cumsum(1))  # of a text's tokens, from the left
+
+    def mixes_tokens(model: BertModel) -> None:
+        model.layers[0].feed_forward.up = Mixing(36, 37)  # type: ignore[union-attr]
+
+    def own_attention(model: BertModel) -> None:
+        model.attention = "uniform"
+
+    def fewer_heads(model: BertModel) -> None:
+        attention = model.get_submodule("layers.0.attention")
+        for name in ("query", "key", "value"):
+            setattr(attention, name, nn.Linear(36, 24))
+        attention.output = nn.Linear(24, 36)
+
+    def fewer_inner_numbers(model: BertModel) -> None:
+        up, down = (model.get_submodule(f"layers.0.feed_forward.{name}") for name in ("up", "down"))
+        up.weight, up.bias = nn.Parameter(torch.randn(9, 36)), nn.Parameter(torch.randn(9))
+        down.weight = nn.Parameter(torch.randn(36, 9))  # in_features stay what they were
+
     def norm(model: BertModel) -> None:
         with torch.no_grad():
             model.get_parameter("layers.1.feed_forward_norm.weight").mul_(1.5)
@@ -530,6 +573,7 @@ def changes() -> list[Callable[[BertModel], None]]:
 
     return [
         *(in_place, a_step, a_fused_step, new_data, where_the_old_data_was, told, new_parameters, pruned, norm),
+        *(merged, plain_tensor, without_cls, mixes_tokens, fewer_heads, fewer_inner_numbers, own_attention),
         *(no_bias, activation, activation_alone, other_forward, outside_forward, outside_hook),
         *(new_module, adapter, table_adapter, other_embeddings, other_layer, other_norm),
     ]
@@ -544,7 +588,10 @@ def two_layers(minilm: Path) -> SentenceEncoder:
 
 
 @pytest.mark.parametrize("change", changes(), ids=lambda change: change.__name__)
-def test_changed_weights_are_seen(minilm: Path, change: Callable[[BertModel], None]) -> None:
+def test_changed_weights_are_seen(
+    minilm: Path, change: Callable[[BertModel], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ATTENTION_FUNCTIONS, "uniform", uniform_attention)
     encoder = two_layers(minilm)
     texts = ["one text", "and another one"]
     before = encoder.encode(texts, convert_to_tensor=True)
@@ -599,6 +646,66 @@ def test_an_encoder_with_a_forward_of_its_own(minilm: Path) -> None:
     for batch_size in (None, 2):
         assert relative(shifted.encode(texts, batch_size, convert_to_tensor=True), expected) < 1e-6
     assert shifted.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_an_encoder_whose_vectors_are_others(minilm: Path, dtype: torch.dtype) -> None:
+    class Dense(SentenceEncoder):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
+            hidden = self.model(input_ids, attention_mask).last_hidden_state  # (B, T, H)
+            return hidden.masked_fill(attention_mask[..., None] == 0, -9).amax(1)[:, :7].to(dtype)  # type: ignore[no-any-return]
+
+    plain = two_layers(minilm)
+    encoder, texts = Dense(plain.model, plain.tokenizer), [text(n, n) for n in (1, 5, 5, 0)] + 4100 * ["one"]
+    vectors = encoder.encode(texts, convert_to_tensor=True)
+    assert vectors.shape == (4104, 7)
+    assert vectors.dtype == torch.promote_types(dtype, torch.float32)
+    with torch.no_grad():
+        expected = encoder(**{k: v for k, v in plain.tokenizer(texts[:5]).items() if k != "token_type_ids"})
+    assert relative(vectors[:5], expected.to(vectors.dtype)) < (0.01 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_a_pooling_of_ones_own(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def max_pooling(hidden: Tensor, mask: Tensor) -> Tensor:
+        return hidden.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)
+
+    monkeypatch.setitem(sentence_encoder.POOLINGS, "max", max_pooling)
+    encoder, texts = two_layers(minilm), ["one text", "and another one"]
+    encoder.pooling = "max"
+    assert relative(encoder.encode(texts, convert_to_tensor=True), reference(encoder, texts)) < 1e-6
+
+
+@pytest.mark.parametrize("act", ["gelu", "relu", "gelu_new", "silu"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_what_is_no_number_stays_none(minilm: Path, act: str, dtype: torch.dtype | None) -> None:
+    config = BertConfig(
+        hidden_size=36, num_attention_heads=3, num_hidden_layers=1, intermediate_size=37, hidden_act=act
+    )
+    encoder = SentenceEncoder(BertModel(config).eval(), Tokenizer.from_pretrained(minilm), dtype=dtype)
+    nn.init.constant_(encoder.model.get_parameter("layers.0.feed_forward.up.weight"), torch.nan)
+    assert np.isnan(encoder.encode(["one", "another text"])).all()
+
+
+class Merging(nn.Linear):
+    """As loralib's: `train` merges and unmerges."""
+
+    merged = False
+
+    def train(self, mode: bool = True) -> Self:
+        self.merged = not mode
+        return super().train(mode)
+
+
+def test_a_part_is_told_when_it_is_in_training_again(minilm: Path) -> None:
+    encoder = two_layers(minilm)
+    part = Merging(36, 36)
+    encoder.model.get_submodule("layers.0.attention").value = part
+    encoder.train()
+    encoder.model.layers[1].eval()
+    before = [module.training for module in encoder.modules()]
+    encoder.encode("one text")
+    assert [module.training for module in encoder.modules()] == before
+    assert not part.merged
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # on importing the compiler
@@ -683,19 +790,21 @@ def test_what_an_adapter_keeps_counts(minilm: Path) -> None:
     assert relative(seen[1], seen[2]) > 1e-3
 
 
-def test_hooks_are_the_very_functions_they_were(minilm: Path) -> None:
+def test_hooks_see_what_they_see_in_forward(minilm: Path) -> None:
     class Recorder:
         def __init__(self) -> None:
-            self.shapes: list[tuple[int, ...]] = []
+            self.seen: list[tuple[nn.Module, tuple[int, ...]]] = []
 
-        def note(self, _: nn.Module, inputs: tuple[Tensor, ...], __: object) -> None:
-            self.shapes.append(tuple(inputs[0].shape))
+        def note(self, part: nn.Module, inputs: tuple[Tensor, ...], __: object) -> None:
+            self.seen.append((part, tuple(inputs[0].shape)))
 
     encoder, method, bound = two_layers(minilm), Recorder(), Recorder()
-    encoder.model.layers[0].register_forward_hook(method.note)
-    encoder.model.layers[1].register_forward_hook(partial(Recorder.note, bound))
-    encoder.encode("one text")
-    assert method.shapes == bound.shapes == [(4, 36)]
+    first, second = encoder.model.layers
+    first.register_forward_hook(method.note)
+    second.register_forward_hook(partial(Recorder.note, bound))
+    encoder.encode(["one text", "two text"])
+    assert method.seen == [(first, (2, 4, 36))]
+    assert bound.seen == [(second, (2, 4, 36))]
 
 
 PARTS = """embeddings embeddings.position embeddings.norm layers.1 layers.0.attention layers.1.attention.key
@@ -760,7 +869,7 @@ def test_batches_fit_the_caches(hidden_size: int, budget: int) -> None:
     config = BertConfig(
         vocab_size=10, hidden_size=hidden_size, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8
     )
-    fast = fast_inference.new_fast_copy(BertModel(config))
+    fast = FastModel(BertModel(config))
     with torch.no_grad():
         batches = [len(batch) for batch, _, _ in fast_inference.run_texts(fast, [[7] * 7] * 1000)]
     assert batches[0] == budget // 7
@@ -809,7 +918,7 @@ def test_packing_keeps_positions_and_order(minilm: Path) -> None:
     assert batch.position_ids.tolist() == [*range(63), 0, 1, 2, 0, 1, 2, 0, 1] + 9 * [0]
     assert batch.packing.filling == 9
     assert batch.packing.lengths.tolist() == [63, 3, 3, 2]
-    hidden = run(fast_copy(model), batch)
+    hidden = run(FastModel(model), batch)
     with torch.no_grad():
         for row, ours in zip(rows, torch.split(hidden[:71], [63, 3, 3, 2]), strict=True):
             torch.testing.assert_close(ours, model(torch.tensor([row])).last_hidden_state[0], atol=1e-5, rtol=0)
@@ -837,7 +946,7 @@ def batches(config: BertConfig) -> Iterator[PackedBatch]:
 
 def test_varlen_attention_is_the_same_model(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_mask)
-    fast = fast_copy(BertModel.from_pretrained(minilm))
+    fast = FastModel(BertModel.from_pretrained(minilm))
     for batch in batches(fast.config):
         with torch.no_grad():
             ours = run_varlen(
@@ -856,7 +965,7 @@ def test_two_graphs_serve_every_batch(minilm: Path, monkeypatch: pytest.MonkeyPa
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(run_varlen, fullgraph=True, dynamic=True, backend=counter)
     model = BertModel.from_pretrained(minilm)
-    fast = fast_copy(model)
+    fast = FastModel(model)
     for batch in batches(fast.config):
         with torch.no_grad():
             ours = compiled(
@@ -889,7 +998,7 @@ def test_many_kinds_of_models_are_compiled(monkeypatch: pytest.MonkeyPatch) -> N
             num_hidden_layers=1,
             intermediate_size=7,
         )
-        fast = fast_copy(BertModel(config).eval())
+        fast = FastModel(BertModel(config).eval())
         for batch in batches(config):
             with torch.no_grad():
                 texts = slice(batch.packing.starts[-1])  # not the filling

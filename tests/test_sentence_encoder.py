@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from heads import MLPHead, MultiTaskModel
 from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer
-from minibert.fast_inference import fast_copy
+from minibert.fast_inference import FastModel, run
+from minibert.packing import PackedBatch
 from weights import CheckpointError
 
 WORDS = "a the cat sat on mat quick brown fox jumps over lazy dog sky blue unbelievable 2024 ! , .".split()
@@ -62,14 +63,27 @@ def test_order_is_kept_whatever_the_batches(encoder: SentenceEncoder, batch_size
     np.testing.assert_array_equal(encoder.encode(texts, batch_size), alone)
 
 
-def test_batches_are_cut_from_the_sorted_sentences(encoder: SentenceEncoder) -> None:
+def test_batches_are_cut_from_the_sorted_sentences(
+    encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokens = []
-    first = fast_copy(encoder.model).embeddings
-    hook = first.register_forward_pre_hook(lambda _, arguments: tokens.append(len(arguments[0])))
+
+    def noting(fast: FastModel, batch: PackedBatch, *, compiled: bool) -> Tensor:
+        tokens.append(len(batch.input_ids))
+        return run(fast, batch, compiled=compiled)
+
+    monkeypatch.setattr("minibert.fast_inference.run", noting)
     encoder.encode(["a", "a b c d", "a b", "a b c", "a b c d e"], batch_size=2)
     encoder.encode(["a", "a b c d", "a b", "a b c", "a b c d e"])
-    hook.remove()
     assert tokens == [7 + 6, 5 + 4, 3, 25]  # longest first, and nothing is padded
+
+
+def test_what_would_be_lost_is_not_saved(tiny_encoder: SentenceEncoder, tmp_path: Path) -> None:
+    encoder = SentenceEncoder(tiny_encoder.model, tiny_encoder.tokenizer)
+    encoder.dense = nn.Linear(36, 7)
+    with pytest.raises(ValueError, match=r"dense.weight, dense.bias would be lost"):
+        encoder.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_cut_sentences_are_said(tiny_encoder: SentenceEncoder) -> None:

@@ -280,6 +280,13 @@ def test_baked_in_padding_and_truncation_are_ignored(minilm: Path) -> None:
     assert batch["input_ids"].shape == (2, 202)
 
 
+def test_padding_of_the_backend_is_not_encoded(minilm: Path) -> None:
+    tokenizer = Tokenizer.from_pretrained(minilm)
+    tokenizer.backend.enable_padding(length=40)
+    assert tokenizer.token_ids(["hello"]) == [[101, 7592, 102]]
+    assert tokenizer(["hello"])["input_ids"].shape == (1, 3)
+
+
 def test_limit_is_the_models_own(minilm: Path, tmp_path: Path) -> None:
     assert Tokenizer.from_pretrained(minilm).max_length == 256  # sentence_bert_config.json
     bare = layout(minilm, tmp_path / "a", ["vocab.txt"])

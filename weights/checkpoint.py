@@ -133,24 +133,36 @@ def save_checkpoint(
     directory: str | Path,
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
     other_files: Mapping[str, bytes | Mapping[str, Tensor] | None] | None = None,
 ) -> None:
     """Writes config.json and model.safetensors as published (and `other_files`), all or nothing.
 
-    `config` has BERT's field names and a `model_type`; `tensors` have our names.
+    `config` has BERT's field names and a `model_type`; `tensors` have our names, and must have the `shapes`
+    of a model with that config.
 
     Raises:
         CheckpointError: the directory cannot be written.
         ValueError: the tensors are not those of such a model.
     """
     family = FAMILIES[config["model_type"]]
-    tensors = {key.removeprefix("_orig_mod."): tensor for key, tensor in tensors.items()}  # of a compiled model
     published = {family.to_published(key): tensor for key, tensor in tensors.items()}
     layers = {key.split(".")[1] for key in tensors if key.startswith("layers.")}
     if len(layers) != config["num_hidden_layers"]:
         raise ValueError(
             f"the model has {len(layers)} layers and its config says {config['num_hidden_layers']}: correct it "
             f"by model.config = dataclasses.replace(model.config, num_hidden_layers={len(layers)})"
+        )
+    found = {key: tensor.shape for key, tensor in tensors.items()}
+    wrong = [
+        f"{key} is {tuple(found[key]) if key in found else 'missing'}, by the config {tuple(shape)}"
+        for key, shape in shapes.items()
+        if found.get(key) != shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"the model is not what its config says ({_listed(wrong)}): correct it, or model.config by "
+            "dataclasses.replace(model.config, ...)"
         )
     dtype = next(iter(tensors.values())).dtype
     written = {
