@@ -80,7 +80,8 @@ class Tokenizer:
                 f"{sentence_path} says do_lower_case but the tokenizer is cased, "
                 "which is not supported: set it to false, or lower-case in tokenizer_config.json"
             )
-        limits = (settings.get("model_max_length"), sentence_settings.get("max_seq_length"))
+        limit = settings.get("model_max_length", settings.get("max_len"))  # which it was called before
+        limits = (limit, sentence_settings.get("max_seq_length"))
         max_length = min([config.max_position_embeddings, *(int(limit) for limit in limits if limit)])
         try:
             return cls(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weights import CheckpointError
+from weights.hub import TOKENIZER_FILES
 from weights.json_files import read_json, to_json
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: truncation_side is {settings['truncation_side']!r}, only 'right' is supported"
         )
-    for name in ("model_max_length", "max_seq_length"):
+    for name in ("model_max_length", "max_len", "max_seq_length"):
         limit = settings.get(name, 1)
         if type(limit) not in (int, float) or limit < 1 or limit % 1 != 0:
             raise CheckpointError(f"{path}: {name} is {limit!r}, it must be a number of tokens")
@@ -59,17 +60,18 @@ def read_tokenizer(directory: Path, settings: Mapping[str, Any]) -> tuple[tokeni
     """
     kind = settings.get("tokenizer_class") or read_json(directory / "config.json").get("tokenizer_class")
     is_berts = kind in BERT_CLASSES
-    if (directory / "tokenizer.json").is_file():
-        backend = _from_tokenizer_json(directory / "tokenizer.json")
-        is_berts = is_berts and type(backend.model).__name__ == WORDPIECE["type"]
-        if is_berts:
-            _split_words(backend, settings)
-    elif not (directory / "vocab.txt").is_file():
+    path = next((directory / name for name in TOKENIZER_FILES if (directory / name).is_file()), None)
+    if path is None:
         raise CheckpointError(f"{directory} has no tokenizer: neither tokenizer.json nor vocab.txt")
+    if path.name == "tokenizer.json":
+        backend = _from_tokenizer_json(path, settings)
+        is_berts = is_berts and type(backend.model).__name__ == WORDPIECE["type"]
     elif is_berts:
-        backend = _from_vocabulary(directory / "vocab.txt", settings)
+        backend = _from_vocabulary(path)
     else:
         raise CheckpointError(f"{directory} wants a {kind}, which is not supported without tokenizer.json")
+    if is_berts:
+        _make_berts(backend, path, settings)
     special_tokens = _add_tokens(backend, directory, settings)
     for name in ("cls_token", "sep_token", "unk_token"):
         if is_berts and special_tokens.get(name, SPECIAL_TOKENS[name]) != SPECIAL_TOKENS[name]:
@@ -79,52 +81,62 @@ def read_tokenizer(directory: Path, settings: Mapping[str, Any]) -> tuple[tokeni
     return backend, special_tokens
 
 
-def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+def _from_tokenizer_json(path: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
     import tokenizers
 
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{path} is not a tokenizer this can read: {error}") from error
+    if (backend.truncation or {}).get("direction") == "left" and "truncation_side" not in settings:
+        raise CheckpointError(f"{path}: truncation from the left is not supported, only from the right")
     model = backend.model
     if isinstance(model, tokenizers.models.WordPiece) and model.token_to_id(model.unk_token) is None:
         raise CheckpointError(f"{path} lacks {model.unk_token} in its vocabulary, which unknown words become")
     return backend
 
 
-def _split_words(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
-    """As a BertTokenizer does, by tokenizer_config.json alone."""
-    from tokenizers import normalizers, pre_tokenizers
+def _from_vocabulary(path: Path) -> tokenizers.Tokenizer:
+    import tokenizers
+    from tokenizers import models
 
+    try:
+        vocabulary = models.WordPiece.read_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    return tokenizers.Tokenizer(models.WordPiece(vocabulary))
+
+
+def _make_berts(backend: tokenizers.Tokenizer, path: Path, settings: Mapping[str, Any]) -> None:
+    """A BertTokenizer, of which only the vocabulary is given."""
+    from tokenizers import decoders, normalizers, pre_tokenizers
+
+    ids: dict[str, Any] = {token: backend.token_to_id(token) for token in ("[SEP]", "[PAD]", "[CLS]")}
+    ids["[UNK]"] = backend.model.token_to_id("[UNK]")
+    if missing := [token for token, number in ids.items() if number is None]:
+        raise CheckpointError(f"{path} lacks the tokens {', '.join(missing)}: it is not BERT's vocabulary")
+    for name, value in WORDPIECE.items():
+        if name != "type":
+            setattr(backend.model, name, value)
     backend.normalizer = normalizers.BertNormalizer(
         lowercase=settings.get("do_lower_case", True),
         strip_accents=settings.get("strip_accents"),
         handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-
-
-def _from_vocabulary(path: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    import tokenizers
-    from tokenizers import decoders, models, processors
-
-    try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    vocabulary = {token: index for index, token in enumerate(lines)}
-    if missing := [token for token in SPECIAL_TOKENS.values() if token not in vocabulary]:
-        raise CheckpointError(f"{path} lacks the tokens {', '.join(missing)}: it is not BERT's vocabulary")
-    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    _split_words(backend, settings)
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
-    )
+    backend.post_processor = _template(ids)
     backend.decoder = decoders.WordPiece()
     backend.add_special_tokens(list(SPECIAL_TOKENS.values()))
-    return backend
+
+
+def _template(ids: Mapping[str, int]) -> tokenizers.processors.TemplateProcessing:
+    from tokenizers import processors
+
+    return processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, ids[token]) for token in ("[CLS]", "[SEP]")],
+    )
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -184,14 +196,15 @@ def tokenizer_files(serialised: str, special_tokens: Mapping[str, str], max_leng
     """The inverse of `read_tokenizer`, of what `tokenizers.Tokenizer.to_str` gives: file name -> contents."""
     parts = json.loads(serialised)
     normalizer = parts["normalizer"] or {}
-    vocabulary = {*dict(parts["model"]["vocab"]), *(token["content"] for token in parts["added_tokens"])}
+    added = {token["content"]: token["id"] for token in parts["added_tokens"]}
     # What transformers makes of the vocabulary and the three settings, when it reads "BertTokenizer":
     is_berts = (
         normalizer.get("type") == "BertNormalizer"
         and normalizer["clean_text"]
         and parts["pre_tokenizer"] == {"type": "BertPreTokenizer"}
-        and parts["post_processor"]
         and {key: parts["model"].get(key) for key in WORDPIECE} == WORDPIECE
+        and added.keys() >= {*SPECIAL_TOKENS.values()}
+        and parts["post_processor"] == json.loads(_template(added).__getstate__())
     )
     settings = {
         "tokenizer_class": "BertTokenizer" if is_berts else "PreTrainedTokenizerFast",
@@ -199,6 +212,6 @@ def tokenizer_files(serialised: str, special_tokens: Mapping[str, str], max_leng
         "strip_accents": normalizer.get("strip_accents"),
         "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
         "model_max_length": max_length,
-        **{name: token for name, token in special_tokens.items() if token in vocabulary},
+        **{name: token for name, token in special_tokens.items() if token in added or name == "pad_token"},
     }
     return {"tokenizer.json": serialised.encode(), "tokenizer_config.json": to_json(settings)}

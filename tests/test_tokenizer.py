@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,59 @@ def test_whose_normalizer_counts(minilm: Path, tmp_path: Path, kind: str | None,
         assert Tokenizer.from_pretrained(directory).token_ids(texts) == expected
 
 
+def other_parts() -> dict[str, Callable[[Any], Any]]:
+    """Of a tokenizer.json whose vocabulary is all that a BertTokenizer takes."""
+    return {
+        "no template": lambda parts: parts.update(post_processor=None),
+        "other template": lambda parts: parts["post_processor"]["single"].pop(),
+        "other unknown": lambda parts: parts["model"].update(unk_token="[unused5]"),
+        "other prefix": lambda parts: parts["model"].update(continuing_subword_prefix="@@"),
+        "longest word": lambda parts: parts["model"].update(max_input_chars_per_word=9),
+        "no added tokens": lambda parts: parts.update(added_tokens=[]),
+        "no [MASK]": lambda parts: parts["added_tokens"].pop() and parts["model"]["vocab"].pop("[MASK]"),
+        "no decoder": lambda parts: parts.update(decoder=None),
+    }
+
+
+@pytest.mark.parametrize("kind", [None, "BertTokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("part", other_parts())
+def test_whose_parts_count(minilm: Path, tmp_path: Path, kind: str | None, part: str) -> None:
+    names = {name: f"[{name[:-6].upper()}]" for name in ("cls_token", "sep_token", "pad_token", "unk_token")}
+    directory = layout(minilm, tmp_path / "model", [], **({"tokenizer_class": kind} if kind else {}), **names)
+    parts = json.loads((minilm / "tokenizer.json").read_text())
+    other_parts()[part](parts)
+    (directory / "tokenizer.json").write_text(json.dumps(parts))
+    texts = ["Hello uncharacteristically [MASK] \u4e2d\U0001f600", "", "word " * 20 + "[CLS]"]
+    expected = AutoTokenizer.from_pretrained(directory)(texts)["input_ids"]
+    tokenizer = Tokenizer.from_pretrained(directory)
+    assert tokenizer.token_ids(texts) == expected
+    for name, content in tokenizer.files().items():
+        (directory / name).write_bytes(content)
+    assert AutoTokenizer.from_pretrained(directory)(texts)["input_ids"] == expected
+    assert Tokenizer.from_pretrained(directory).token_ids(texts) == expected
+
+
+@pytest.mark.parametrize("end", [" ", "\t", "\u00a0", "\r", "\x0c", "\x1c"])
+def test_white_space_behind_a_token(minilm: Path, tmp_path: Path, end: str) -> None:
+    directory = layout(minilm, tmp_path / "model", ["vocab.txt"])
+    lines = (directory / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    lines[lines.index("hello")] += end
+    (directory / "vocab.txt").write_text("\n".join(lines), encoding="utf-8", newline="")
+    expected = AutoTokenizer.from_pretrained(directory)(["hello"])["input_ids"]
+    assert Tokenizer.from_pretrained(directory).token_ids(["hello"]) == expected
+
+
+def test_truncation_from_the_left_is_refused(minilm: Path, tmp_path: Path) -> None:
+    directory = layout(minilm, tmp_path / "model", ["tokenizer.json"])
+    parts = json.loads((directory / "tokenizer.json").read_text())
+    parts["truncation"]["direction"] = "Left"
+    (directory / "tokenizer.json").write_text(json.dumps(parts))
+    with pytest.raises(CheckpointError, match="truncation from the left is not supported"):
+        Tokenizer.from_pretrained(directory)
+    (directory / "tokenizer_config.json").write_text('{"truncation_side": "right"}')
+    assert Tokenizer.from_pretrained(directory).token_ids(["hello"]) == [[101, 7592, 102]]
+
+
 @pytest.mark.parametrize("part", ["pre_tokenizer", "clean_text", "longest", "none"])
 def test_a_tokenizer_of_ones_own_is_saved_as_it_is(minilm: Path, tmp_path: Path, part: str) -> None:
     parts = json.loads((minilm / "tokenizer.json").read_text())
@@ -293,6 +347,8 @@ def test_limit_is_the_models_own(minilm: Path, tmp_path: Path) -> None:
     assert Tokenizer.from_pretrained(bare).max_length == 512  # config.json
     shorter = layout(minilm, tmp_path / "b", ["vocab.txt"], model_max_length=99)
     assert Tokenizer.from_pretrained(shorter).max_length == 99
+    older = layout(minilm, tmp_path / "d", ["vocab.txt"], max_len=98)
+    assert Tokenizer.from_pretrained(older).max_length == AutoTokenizer.from_pretrained(older).model_max_length
     unlimited = layout(minilm, tmp_path / "c", ["vocab.txt"], model_max_length=int(1e30))
     assert Tokenizer.from_pretrained(unlimited).max_length == 512
     # as sentence-transformers called it for a DistilBERT, before it had one name for all
@@ -432,7 +488,7 @@ def test_bad_files(minilm: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no tokenizer: neither tokenizer.json nor vocab.txt"):
         Tokenizer.from_pretrained(directory)
     (directory / "vocab.txt").write_text("[PAD]\n[CLS]\nhello\n")
-    with pytest.raises(CheckpointError, match=r"vocab.txt lacks the tokens \[UNK\], \[SEP\], \[MASK\]"):
+    with pytest.raises(CheckpointError, match=r"vocab.txt lacks the tokens \[SEP\], \[UNK\]: it is"):
         Tokenizer.from_pretrained(directory)
     (directory / "vocab.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(CheckpointError, match=r"vocab.txt cannot be read as UTF-8 text"):

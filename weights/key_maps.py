@@ -44,9 +44,10 @@ class Family:
         return published
 
     def config_to_bert(self, published: Mapping[str, Any]) -> dict[str, Any]:
-        """A published config.json in BERT's field names."""
-        bert_name = {theirs: ours for ours, theirs in self.fields.items()}
-        return {bert_name.get(k, k): v for k, v in published.items()} | dict(self.implied)
+        """A published config.json in BERT's field names; where it has both, the family's own counts."""
+        own = {ours: published[theirs] for ours, theirs in self.fields.items() if theirs in published}
+        others = {k: v for k, v in published.items() if k not in self.fields.values()}
+        return {**others, **own, **self.implied}
 
     def config_to_published(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The inverse of `config_to_bert`."""
