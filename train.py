@@ -39,7 +39,7 @@ from heads.training_state import Progress, collect, restore
 from minibert import BertModel, Tokenizer
 from minibert.fast_dropout import use_fast_dropout
 from minibert.freezing import FreezePlan, set_groups
-from minibert.memory import keep_freed_memory
+from minibert.memory import is_out_of_memory, keep_freed_memory
 from minibert.onednn import onednn_products
 from minibert.sentence_encoder import evaluating
 from weights import resolve
@@ -481,11 +481,13 @@ def main(argv: list[str] | None = None) -> int:
         return 141
     except FirstFailedError:
         return 2  # the first process has said why
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        tell(f"error: out of memory, try a smaller --batch-size ({str(error).partition('.')[0]})")
-        return 2
     except (ValueError, TypeError, OSError) as error:  # DataError and CheckpointError among them
         print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        tell("error: out of memory, try a smaller --batch-size")
         return 2
 
 

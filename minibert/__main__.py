@@ -49,11 +49,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:  # CheckpointError and ModelNotFoundError among them
         print(f"minibert: error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported
+    except (RuntimeError, MemoryError) as error:
+        from minibert.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
-        reason = str(error).partition(".")[0]
-        print(f"minibert: error: out of memory, try a smaller --batch-size ({reason})", file=sys.stderr)
+        print("minibert: error: out of memory, try a smaller --batch-size", file=sys.stderr)
         return 2
 
 
@@ -201,7 +202,7 @@ def _text_file(given: list[str]) -> Path | None:
     """The file that was given instead of sentences."""
     # A file's name is not a sentence: reading it, or saying that it is not there, is what was meant.
     is_file = os.path.exists if len(given) == 1 else os.path.isfile  # False, not an error, for a long sentence
-    files = [name for name in given if is_file(name) or name.endswith(".txt")]
+    files = [name for name in given if is_file(name) or name.endswith((".txt", ".csv", ".tsv", ".jsonl"))]
     if files and len(given) > 1:
         raise ValueError(f"{files[0]} is a file among sentences: give one file alone, or pipe text in")
     return Path(files[0]) if files else None
@@ -243,22 +244,19 @@ def _print_written(output: Path, embeddings: NDArray[np.float32]) -> None:
 
 def _write_embeddings(output: Path, embeddings: NDArray[np.float32]) -> None:
     """Under a temporary name first, so that no half-written file can be taken for a whole one."""
+    import numpy as np
+    from safetensors.numpy import save
+
+    from minibert.encode_file import record_file, whole_or_gone
+
     temporary = output.with_name(f".{output.name}.{os.getpid()}{output.suffix}")
-    try:
+    with whole_or_gone(temporary):
         if output.suffix == ".npy":
-            import numpy as np
-
-            from minibert.encode_file import record_file
-
             np.save(temporary, embeddings)
             record_file(output).unlink(missing_ok=True)  # of an array that was here before
         else:
-            from safetensors.numpy import save
-
             temporary.write_bytes(save({"embeddings": embeddings}))
         temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _fetch(arguments: argparse.Namespace) -> int:

@@ -134,14 +134,18 @@ def merge(output: Path) -> int:
         ValueError: a shard is missing or unfinished, damaged, or does not belong to the others; another
             process is at it.
     """
+    if output.suffix != ".npy":
+        raise ValueError(f"cannot merge {output}: give FILE.npy as `encode -o` was given it")
     shards = {}
     for file in sorted(output.parent.glob(f"{glob.escape(output.stem)}-*-of-*{output.suffix}")):
         if match := SHARD_NAME.fullmatch(file.stem.removeprefix(output.stem)):
             shards[Shard(int(match[1]), int(match[2]))] = file
     counts = sorted({shard.count for shard in shards})
-    if len(counts) != 1:
-        found = f"shards of {' and of '.join(map(str, counts))}" if counts else "no shards"
-        raise ValueError(f"cannot merge {output}: {found} found, such as {Shard(1, 4).file(output)}")
+    if not counts:
+        raise ValueError(f"cannot merge {output}: no shards found, such as {Shard(1, 4).file(output)}")
+    if len(counts) > 1:
+        found = " and ".join(f"of {count}" for count in counts)
+        raise ValueError(f"cannot merge {output}: there are shards {found}, remove those of the other run")
     wanted = [Shard(index, counts[0]) for index in range(1, counts[0] + 1)]
     if missing := [shard.file(output).name for shard in wanted if shard not in shards]:
         raise ValueError(f"cannot merge {output}: {', '.join(missing)} not there, or not finished")
@@ -213,7 +217,7 @@ def _read_record(file: Path) -> dict[str, Any]:
 
 def _write_record(file: Path, record: dict[str, Any]) -> None:
     temporary = Path(f"{file}.json.new")
-    with _whole_or_gone(temporary):
+    with whole_or_gone(temporary):
         temporary.write_bytes(to_json(record))
     temporary.replace(record_file(file))
 
@@ -257,7 +261,7 @@ def _check_whole(file: Path, task: dict[str, Any]) -> None:
 def _create(file: Path, rows: int, width: int) -> None:
     """An array of zeros on the disk, all of whose room is taken now: a full disk is noticed before the work."""
     record_file(file).unlink(missing_ok=True)  # of an earlier file of this name
-    with _whole_or_gone(file):
+    with whole_or_gone(file):
         array: NDArray[np.float32] = np.lib.format.open_memmap(
             file, mode="w+", dtype=np.float32, shape=(rows, width)
         )
@@ -268,13 +272,15 @@ def _create(file: Path, rows: int, width: int) -> None:
 
 
 @contextmanager
-def _whole_or_gone(file: Path) -> Iterator[None]:
-    """On a full disk nothing is left of a file that is being written, and the error names it."""
+def whole_or_gone(file: Path) -> Iterator[None]:
+    """Of a file that could not be written whole nothing is left, and an error of the disk names it."""
     try:
         yield
-    except OSError as error:
+    except BaseException as error:
         file.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(file)) from error
+        if isinstance(error, OSError):
+            raise OSError(f"{file} cannot be written: {error.strerror or error}") from error
+        raise
 
 
 def _write(file: Path, row: int, block: NDArray[np.float32]) -> None:

@@ -1,4 +1,4 @@
-"""What the C library does with freed memory."""
+"""Memory: what the C library does with what was freed, and whether there is any left."""
 
 import torch
 
@@ -14,3 +14,8 @@ def keep_freed_memory() -> None:
     costs nothing and tells it. With another C library nothing happens.
     """
     torch.empty(LARGEST_BLOCK, dtype=torch.uint8, device="cpu")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether this is what torch raises where there is no memory left, on a GPU or a CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

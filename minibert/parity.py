@@ -126,7 +126,7 @@ def run(name_or_path: str) -> int:
     all_equal = True
     for attention in ("eager", "sdpa"):
         ours = BertModel.from_pretrained(directory, attention=attention)
-        reference = AutoModel.from_pretrained(directory, attn_implementation=attention, dtype="auto").eval()
+        reference = AutoModel.from_pretrained(directory, attn_implementation=attention, dtype=ours.dtype).eval()
         asked = {"output_hidden_states": True, "output_attentions": attention == "eager"}
         for name, inputs in random_inputs(ours.config):
             with torch.no_grad():

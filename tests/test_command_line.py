@@ -1,5 +1,6 @@
 """python -m minibert, as a stranger would call it."""
 
+import errno
 import io
 import os
 import pty
@@ -136,6 +137,7 @@ def test_closed_streams(tmp_path: Path) -> None:
     [
         (["-o", "out.txt", "a"], b"", "cannot write out.txt: its name must end in .npy or .safetensors"),
         (["-o", "no/such/out.npy", "a"], b"", "no/such is no directory that can be written to"),
+        (["missing.csv", "-o", "out.npy"], b"", "No such file or directory: 'missing.csv'"),
         (["missing.txt"], b"", "No such file or directory: 'missing.txt'"),
         (["."], b"", "Is a directory: '.'"),
         (["a sentence", "missing.txt"], b"", "missing.txt is a file among sentences: give one file alone"),
@@ -169,16 +171,34 @@ def test_bad_input_is_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["out.npy", "out.safetensors"])
+def test_a_full_disk_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(["encode", *MODEL, "a", "-o", str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert name in error
+    assert error.endswith(" cannot be written: No space left on device\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["GPU", "CPU"])
 def test_out_of_memory_is_one_sentence(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     def forward(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has ...")
+        if kind == "GPU":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has ...")
+        torch.empty(2**55)
 
     monkeypatch.setattr("minibert.fast_inference._run", forward)
     assert main(["encode", *MODEL, "a"]) == 2
-    message = "out of memory, try a smaller --batch-size (CUDA out of memory)"
-    assert capsys.readouterr().err == f"minibert: error: {message}\n"
+    assert capsys.readouterr().err == "minibert: error: out of memory, try a smaller --batch-size\n"
 
 
 def test_parity_command(

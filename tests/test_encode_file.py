@@ -171,7 +171,7 @@ def test_a_full_disk_is_noticed_before_the_work(
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     assert encode(small, text) == 2
-    assert "No space left on device: '" in capsys.readouterr().err
+    assert "out.npy.part cannot be written: No space left on device\n" in capsys.readouterr().err
     assert files(text) == set()
 
 
@@ -361,7 +361,7 @@ def test_processes_of_torchrun_take_a_shard_each(
     [
         ([], "no shards found, such as "),
         (["1/3", "3/3"], "out-00002-of-00003.npy not there, or not finished"),
-        (["1/2", "2/2", "1/3"], "shards of 2 and of 3 found"),
+        (["1/2", "2/2", "1/3"], "there are shards of 2 and of 3, remove those of the other run"),
     ],
 )
 def test_what_cannot_be_merged(

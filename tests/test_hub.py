@@ -17,10 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModel
 
 import weights
 from minibert.sentence_transformers_files import module_files
-from weights import ModelNotFoundError, resolve
+from weights import ModelNotFoundError, load_checkpoint, resolve
 from weights.catalog import CATALOG, find
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -201,6 +203,34 @@ def test_a_directory_that_may_not_be_read() -> None:
 
 
 # --- the hub -------------------------------------------------------------------------------------
+
+
+def test_another_kind_of_model_is_refused_before_it_is_fetched(hub: Hub, shell: Shell, published: Path) -> None:
+    hub.repos["org/other"] = published
+    (published / "config.json").write_text('{"model_type": "roberta"}')
+    fetched = shell.fetch("org/other")
+    assert fetched.returncode == 2
+    assert "says model_type 'roberta': only 'bert' and 'distilbert' are supported" in fetched.stderr
+    assert hub.downloads() == ["config.json"]
+
+
+@pytest.mark.parametrize("folder", ["", "parts/"])
+def test_shards_are_fetched(hub: Hub, shell: Shell, published: Path, folder: str) -> None:
+    expected = load_checkpoint(published).tensors
+    AutoModel.from_pretrained(published).save_pretrained(published, max_shard_size="20KB")
+    (published / "model.safetensors").unlink()
+    (published / "parts").mkdir()
+    index = json.loads((published / "model.safetensors.index.json").read_text())
+    for part in published.glob("model-*"):
+        part.rename(published / folder / part.name)
+    index["weight_map"] = {key: folder + part for key, part in index["weight_map"].items()}
+    (published / "model.safetensors.index.json").write_text(json.dumps(index))
+    hub.repos["org/parts"] = published
+    fetched = shell.fetch("org/parts")
+    assert fetched.returncode == 0, fetched.stderr
+    tensors = load_checkpoint(fetched.stdout.strip().partition(": ")[2]).tensors
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
 
 
 def test_any_repository_is_fetched_once(hub: Hub, shell: Shell, published: Path) -> None:

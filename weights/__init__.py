@@ -5,9 +5,9 @@ load_checkpoint(name_or_path)  directory -> config, tensors            checkpoin
 save_checkpoint(...)           config, tensors -> directory, atomically
 """
 
-from weights.checkpoint import Checkpoint, load_checkpoint, read_config, save_checkpoint
+from weights.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from weights.hub import ModelNotFoundError, resolve
-from weights.json_files import CheckpointError
+from weights.json_files import CheckpointError, read_config
 
 __all__ = [
     "Checkpoint",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from weights.hub import resolve
-from weights.json_files import CheckpointError, read_json, to_json
+from weights.json_files import CheckpointError, read_config, to_json
 from weights.key_maps import FAMILIES, is_ignored
 from weights.safetensors_files import read_tensors, write_directory
 
@@ -68,11 +68,9 @@ class Checkpoint:
 
 
 def _dtype_problems(stored: Mapping[str, torch.dtype], wanted: torch.dtype | None) -> list[str]:
-    problems = [
-        f"{key} is stored as {dtype}, which is not one of {', '.join(map(str, FLOATS))}"
-        for key, dtype in stored.items()
-        if dtype not in FLOATS
-    ]
+    others = [f"{key} as {dtype}" for key, dtype in stored.items() if dtype not in FLOATS]
+    known = ", ".join(map(str, FLOATS))
+    problems = [f"stored in another dtype than {known}: {_listed(others)}"] if others else []
     kinds = Counter(dtype for dtype in stored.values() if dtype in FLOATS)
     if len(kinds) > 1 and wanted is None:
         counts = ", ".join(f"{count} {dtype}" for dtype, count in kinds.most_common())
@@ -97,7 +95,7 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
     family = FAMILIES[config["model_type"]]
     tensors: dict[str, Tensor] = {}
     published: dict[str, str] = {}
-    unknown, problems = [], []
+    unknown, doubled = [], []
     for key, tensor in published_tensors.items():
         if is_ignored(key):
             continue
@@ -105,28 +103,13 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
         if ours is None:
             unknown.append(key)
         elif ours in tensors:
-            problems.append(f"{key} and {published[ours]} both name the same parameter")
+            doubled.append(f"{key} (also as {published[ours]})")
         else:
             tensors[ours], published[ours] = tensor, key
-    if unknown:
-        problems.append(f"unknown {_listed(unknown)}")
+    problems = [f"unknown {_listed(unknown)}"] if unknown else []
+    if doubled:
+        problems.append(f"doubled {_listed(doubled)}")
     return Checkpoint(directory, config, tensors, published, problems)
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json in BERT's field names, with its `model_type`.
-
-    Raises:
-        CheckpointError: no config.json, or one of another model type.
-    """
-    published = read_json(directory / "config.json")
-    model_type = published.setdefault("model_type", "bert")  # the oldest BERT files do not say
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise CheckpointError(
-            f"{directory / 'config.json'} says model_type {model_type!r}: "
-            f"only {' and '.join(map(repr, FAMILIES))} are supported"
-        )
-    return FAMILIES[model_type].config_to_bert(published)
 
 
 def save_checkpoint(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from weights.catalog import CATALOG, CatalogEntry, find
-from weights.json_files import CheckpointError, read_json
+from weights.json_files import CheckpointError, read_config, read_json
 from weights.safetensors_files import INDEX, PICKLES, SINGLE
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
@@ -42,7 +42,7 @@ def resolve(name_or_path: str | Path) -> Path:
 
     Raises:
         ModelNotFoundError: the name is unknown, or neither on disk nor reachable.
-        CheckpointError: a downloaded file is not the one the catalog pins.
+        CheckpointError: a downloaded file is not the one the catalog pins, or of another kind of model.
     """
     # os.path's questions answer False for a name that no path can have; Path's raise.
     name, path = str(name_or_path), os.path.expanduser(name_or_path)  # noqa: PTH111
@@ -190,7 +190,8 @@ def download(name: str) -> Path:
 
     Raises:
         ModelNotFoundError: the hub cannot be reached, does not know the model, or refuses it.
-        CheckpointError: the weights are not those the catalog pins; they are removed again.
+        CheckpointError: no BERT or DistilBERT; or the weights are not those that the catalog pins, and are
+            removed again.
     """
     from huggingface_hub import hf_hub_download
 
@@ -199,6 +200,7 @@ def download(name: str) -> Path:
     try:
         _ask(repo, revision)
         snapshot = Path(hf_hub_download(repo, "config.json", revision=revision)).parent
+        read_config(snapshot)  # a model of another type is refused before its weights are fetched
         for file in (*TOKENIZER_FILES, *OPTIONAL_FILES):
             _fetch_first(repo, revision, file)
         weights = _fetch_first(repo, revision, *([entry.file] if entry else [SINGLE, INDEX, PICKLES[0]]))

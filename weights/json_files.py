@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from weights.key_maps import FAMILIES
+
 
 class CheckpointError(ValueError):
     """Something is wrong with a checkpoint's files; the message says what, where and what to do."""
@@ -26,6 +28,22 @@ def read_json(path: Path, kind: type = dict) -> Any:
     if not isinstance(value, kind):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not a {kind.__name__}")
     return value
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json in BERT's field names, with its `model_type`.
+
+    Raises:
+        CheckpointError: no config.json, or one of another model type.
+    """
+    published = read_json(directory / "config.json")
+    model_type = published.setdefault("model_type", "bert")  # the oldest BERT files do not say
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise CheckpointError(
+            f"{directory / 'config.json'} says model_type {model_type!r}: "
+            f"only {' and '.join(map(repr, FAMILIES))} are supported"
+        )
+    return FAMILIES[model_type].config_to_bert(published)
 
 
 def to_json(value: object) -> bytes:

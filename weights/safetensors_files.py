@@ -52,14 +52,14 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map: it does not say which shard holds what")
     shards = sorted(set(map(str, weight_map.values())))
-    missing = [shard for shard in shards if not (index.parent / Path(shard).name).is_file()]
+    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
         raise CheckpointError(f"{index} lists shards that are not there: {', '.join(missing)}")
     tensors: dict[str, Tensor] = {}
     problems = []
     for shard in shards:
         try:
-            held = read_file(index.parent / Path(shard).name)
+            held = read_file(index.parent / shard)
         except CheckpointError as error:
             problems.append(str(error))
         else:
