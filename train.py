@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from heads import MISSING, MLPHead, MultiTaskLoss, MultiTaskModel
 from heads.data import SPLITS, DataError, Example, SentenceDataset, epoch_batches, fingerprint, label_names
@@ -157,15 +156,10 @@ def train(
             cache_features(options, model, sets, epochs, depths, epoch, processes, stop_if_interrupted)
             parallel = processes.parallel(step)
             model.train()
-            loader = DataLoader(
-                sets["train"],
-                batch_sampler=epochs[epoch][progress.batch :],
-                collate_fn=sets["train"].collate,
-                generator=torch.Generator(),  # the loader draws a number, which must not be one of dropout's
-            )
             title = f"epoch {epoch + 1}/{len(epochs)}"
             bar = Bar(title, "step", len(epochs[epoch]), progress.batch, hidden=not processes.is_first)
-            for batch in loader:
+            for indices in epochs[epoch][progress.batch :]:
+                batch = sets["train"].collate(indices)
                 counts = {task: float((batch[f"labels.{task}"] != MISSING).sum()) for task in model.heads}
                 factor = rate_factor(options, progress.step, total)
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from heads.losses import MISSING
 from minibert import Tokenizer
@@ -74,6 +73,8 @@ def read_examples(
             raise DataError(f"{where}: no column {text!r}, there are: {_listed(row)}; {SAY_WHICH}")
         if not row[text].strip():
             raise DataError(f"{where}: the text (column {text!r}) is empty")
+        if other := [name for name in row if split and split not in row and name.lower() == split.lower()]:
+            raise DataError(f"{where}: the split column is called {other[0]!r}, say so by --split {other[0]}")
         part = row.get(split, "").strip() if split else ""
         if part not in ("", *SPLITS):
             raise DataError(f"{where}: {split} is {part!r}, it must be {', '.join(SPLITS)} or empty")
@@ -185,18 +186,15 @@ def stratified_split(
 ) -> tuple[list[Example], list[Example]]:
     """(rest, held out): `fraction` of each combination of labels and file, as nearly as can be.
 
-    Keeps the order, and something of every label in the rest. A text that is in several files, as with
-    a file for each task, is held out in all of them or in none.
+    Keeps the order, and something of every label in the rest. A text that comes several times, as with a
+    file or a row for each task, is held out everywhere or nowhere.
 
     Raises:
         DataError: too few examples to hold one out and keep one.
     """
-    sources = defaultdict(set)
-    for example in examples:
-        sources[example.text].add(example.source)
-    together: dict[object, list[int]] = defaultdict(list)
+    together: dict[str, list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
-        together[example.text if len(sources[example.text]) > 1 else index].append(index)
+        together[example.text].append(index)
     strata: dict[tuple[object, ...], list[list[int]]] = defaultdict(list)
     for group in together.values():
         kinds = (part for i in group for part in (examples[i].source, *sorted(examples[i].labels.items())))
@@ -252,7 +250,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-class SentenceDataset(Dataset[int]):
+class SentenceDataset:
     """Sentences, tokenized once, and their labels as class indices.
 
     `ids[i]` the tokens of sentence i; `labels[task]` (n,), `MISSING` where there is none. Once
@@ -281,9 +279,6 @@ class SentenceDataset(Dataset[int]):
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def __getitem__(self, index: int) -> int:
-        return index  # `collate` makes a whole batch at once
 
     def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """A batch: `attention_mask` (B, T), `labels.TASK` (B,), and `input_ids` (B, T) or `features`."""

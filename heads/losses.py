@@ -56,7 +56,14 @@ class MultiTaskLoss(nn.Module):
             labels: task -> (B,) class indices, `MISSING` where there is none.
             counts: what to divide each task's sum by; its number of labels here if None. (Several
                 processes divide by their common number.)
+
+        Raises:
+            ValueError: a task without its logits, labels or count.
         """
+        given = {"logits": logits, "labels": labels, "counts": self.weights if counts is None else counts}
+        for kind, tensors in given.items():
+            if missing := self.weights.keys() - tensors.keys():
+                raise ValueError(f"there are no {kind} for {min(missing)} (an unknown label is {MISSING})")
         losses = {}
         total = torch.zeros((), device=next(iter(logits.values())).device)
         for i, (name, weight) in enumerate(self.weights.items()):

@@ -130,8 +130,11 @@ class MultiTaskModel(nn.Module):
         ]
 
     def label(self, task: str, index: int) -> str:
-        """What a class is called."""
-        return self.labels[task][index] if task in self.labels else str(index)
+        """What a class is called. Raises ValueError if there are fewer labels."""
+        names = self.labels.get(task)
+        if names is not None and index >= len(names):
+            raise ValueError(f"head {task} says class {index}, and has only {len(names)} labels")
+        return str(index) if names is None else names[index]
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes the encoder as published (loads in transformers), and beside it the heads.
@@ -180,6 +183,8 @@ class MultiTaskModel(nn.Module):
         """
         directory = resolve(name_or_path)
         if not (directory / SETTINGS).is_file():
+            if (directory / "best" / SETTINGS).is_file():
+                raise CheckpointError(f"{directory} is the directory of a run: give {directory / 'best'}")
             raise CheckpointError(
                 f"{directory} has no {SETTINGS}, so no MultiTaskModel was saved there: make one "
                 "by MultiTaskModel(BertModel.from_pretrained(...), {...})"
@@ -192,7 +197,10 @@ class MultiTaskModel(nn.Module):
         if unknown := sorted(given.keys() - settings.keys()):
             raise ValueError(f"{directory} has no head {unknown[0]!r}, it has: {', '.join(settings)}")
         try:
-            built = {name: given.get(name) or _build_head(name, sizes) for name, sizes in settings.items()}
+            built = {
+                name: given[name] if name in given else _build_head(name, sizes)
+                for name, sizes in settings.items()
+            }
             model = cls(
                 BertModel.from_pretrained(directory, attention=attention, dtype=dtype),
                 built,

@@ -148,7 +148,9 @@ def parser() -> Parser:
         argument_default=argparse.SUPPRESS,
     )
     result.add_argument(
-        "--config", metavar="FILE", help="options as JSON, names with _ for -; others add to it"
+        "--config",
+        metavar="FILE",
+        help="options as JSON, names with _ for -; those beside it replace its own",
     )
     for item in fields(Options):
         kind, details = str(item.type), dict(item.metadata)

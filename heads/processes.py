@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from heads.losses import MISSING
 from minibert.devices import find_device
+
+PATIENCE = timedelta(days=1)  # the others wait while the first process evaluates
 
 
 class FirstFailedError(RuntimeError):
@@ -37,7 +40,8 @@ class Processes:
             torch.cuda.set_device(self.device)
             torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every size of batch
         if self.count > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            kind = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(kind, timeout=PATIENCE)
 
     @property
     def is_first(self) -> bool:

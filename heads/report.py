@@ -51,7 +51,11 @@ def write_report(
     report = {"report.json": to_json({"validation": {}, "test": {}} | scores)}
     run.write(report | {"report.md": f"{text}\n".encode()})
     if importlib.util.find_spec("matplotlib"):  # once the rest is safe
-        names = draw(run.path, epochs, results, labels)
+        try:
+            names = draw(run.path, epochs, results, labels)
+        except Exception as error:  # a library that does not fit, a directory in the way
+            warnings.warn(f"nothing was drawn: {error}", stacklevel=2)
+            return
         text += "".join(f"\n\n![{name}]({name})" for name in names)
         run.write({"report.md": f"{text}\n".encode()})
 

@@ -54,9 +54,12 @@ class RunDirectory:
     def recover(self) -> None:
         """Puts back what a run that died between the two renames of `save` left aside, and clears up."""
         for name in ("best", "last"):
-            if not (self.path / name).exists() and (self.path / f".{name}.old").exists():
-                (self.path / f".{name}.old").rename(self.path / name)
-        for leftover in [*self.path.glob(".*.new"), *self.path.glob(".*.old"), *self.path.glob(".saving-*")]:
+            fresh, old = self.path / f".{name}.new", self.path / f".{name}.old"
+            if not (self.path / name).exists() and old.exists():
+                old.rename(self.path / name)
+            for leftover in (fresh, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in self.path.glob(".saving-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def begin(self, config: dict[str, Any], bytes_needed: int) -> None:
@@ -97,6 +100,11 @@ class RunDirectory:
         text = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()]
 
+    def count_epochs(self) -> int:
+        """How many epochs metrics.jsonl has, of which the last line may be cut off."""
+        metrics = self.path / "metrics.jsonl"
+        return metrics.read_text(encoding="utf-8").count('"trained": [') if metrics.is_file() else 0
+
     def save(
         self,
         name: str,
@@ -130,6 +138,8 @@ class RunDirectory:
         """
         last = self.path / "last"
         if not last.exists():
+            if self.count_epochs() > 1:  # after the first one a run may have died before it was saved
+                raise CheckpointError(f"{last} is not there any more, so the run cannot go on: begin another")
             return begun, {}
         values = read_json(last / PROGRESS)
         if values.keys() != {field.name for field in fields(Progress)}:

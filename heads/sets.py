@@ -13,6 +13,8 @@ def read_sets(options: Options) -> tuple[dict[str, list[Example]], list[str]]:
     tasks = options.pairs("task")
     if options.train or options.validation or options.test:
         sets = {name: read_files(options, name, tasks) for name in SPLITS}
+        if options.split != Options.split and not any(e.split for some in sets.values() for e in some):
+            raise DataError(f"--split {options.split}: no row of any file has something in that column")
     elif options.data == "demo":
         tasks = {"type": "type", "sentiment": "sentiment"}
         sets = {"train": read_examples(DEMO, "text", tasks, split="split")}

@@ -201,6 +201,17 @@ def test_a_text_in_two_files_is_held_out_in_both_or_in_none() -> None:
     assert [e.text for e in rest if e.labels["a"] == "x"] == ["one", "one"]  # its label is nowhere else
 
 
+@pytest.mark.parametrize("long", [False, True])
+def test_a_text_in_several_rows_is_held_out_in_all_or_in_none(long: bool) -> None:
+    """Rows that come twice, or a row for each task."""
+    rows = [(str(i), {"a": "xy"[i % 2]}, {"b": "uv"[i % 3 > 0]}) for i in range(100)]
+    examples = [Example(text, first) for text, first, _ in rows]
+    examples += [Example(text, second if long else first) for text, first, second in rows]
+    rest, held = stratified_split(examples, 0.1, seed=0)
+    assert not {e.text for e in rest} & {e.text for e in held}
+    assert (len(rest), len(held)) == (180, 20)
+
+
 def test_rare_combinations_are_split_as_well() -> None:
     """500 combinations of labels that occur once, and 100 examples alike: the latter do not make up for them."""
     rare = [Example(str(i), {"a": str(i % 25), "b": str(i // 25)}) for i in range(500)]

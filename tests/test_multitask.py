@@ -105,6 +105,23 @@ def test_the_encoder_is_saved_as_published(small: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(embeddings), rtol=1e-5, atol=1e-6)
 
 
+def test_a_class_without_a_label_is_said(small: Path) -> None:
+    encoder, tokenizer = BertModel.from_pretrained(small), Tokenizer.from_pretrained(small)
+    head = nn.Linear(encoder.config.hidden_size, 3)
+    nn.init.constant_(head.weight, 0)
+    head.bias.data = torch.tensor([0.0, 0.0, 1.0])
+    model = MultiTaskModel(encoder, {"a": head}, labels={"a": ["x", "y"]}, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="head a says class 2, and has only 2 labels"):
+        model.predict("a text")
+
+
+def test_a_head_that_is_false(small: Path, tmp_path: Path) -> None:
+    encoder = BertModel.from_pretrained(small)
+    MultiTaskModel(encoder, {"all": nn.Sequential()}).save_pretrained(tmp_path / "saved")
+    model = MultiTaskModel.from_pretrained(tmp_path / "saved", heads={"all": nn.Sequential()})
+    assert model(torch.tensor([[5, 6]])).logits["all"].shape == (1, encoder.config.hidden_size)
+
+
 def test_without_tokenizer_and_labels(tiny: Path, tmp_path: Path) -> None:
     model = MultiTaskModel(BertModel.from_pretrained(tiny), {"topic": MLPHead(36, 5, 11)})
     assert model.labels == {"topic": tuple(map(str, range(11)))}
@@ -338,6 +355,15 @@ def test_a_task_without_a_label_contributes_exactly_nothing(uncertainty: bool) -
     nothing, _ = loss(logits, labels)
     torch.autograd.backward(nothing)
     assert nothing == 0
+
+
+@pytest.mark.parametrize("kind", ["logits", "labels", "counts"])
+def test_a_task_that_is_left_out_is_said(kind: str) -> None:
+    logits, labels = random_batch(0, 0.0)
+    given: dict[str, Any] = {"logits": logits, "labels": labels, "counts": {"a": 13.0, "b": 13.0}}
+    given[kind] = {"a": given[kind]["a"]}
+    with pytest.raises(ValueError, match=f"there are no {kind} for b"):
+        MultiTaskLoss(["a", "b"])(**given)
 
 
 def test_uncertainty_is_kendalls_formula() -> None:

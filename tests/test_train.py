@@ -27,6 +27,7 @@ from heads.processes import Processes, catching_interrupts
 from heads.run_directory import RunDirectory
 from minibert import BertModel
 from tests.conftest import save_small
+from weights import CheckpointError
 
 ROOT = Path(__file__).parents[1]
 STATE = (
@@ -146,6 +147,23 @@ def test_the_plots(main: Main) -> None:
     assert "- from epoch 2: layers.2, heads.type, heads.sentiment" in (run / "report.md").read_text()
 
 
+@pytest.mark.filterwarnings("default:nothing was drawn")
+def test_a_library_that_cannot_draw_costs_no_results(
+    main: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+
+    def broken(*_: object) -> None:
+        raise ImportError("numpy.core.multiarray failed to import")
+
+    monkeypatch.setattr("heads.report.draw", broken)
+    run = main("run", "--epochs 1")
+    captured = capsys.readouterr()
+    assert captured.err == ("train.py: warning: nothing was drawn: numpy.core.multiarray failed to import\n")
+    assert "the best checkpoint on validation" in captured.out
+    assert (run / "report.md").read_text().startswith("# Training report")
+
+
 def test_odd_label_names(small: Path, tmp_path: Path) -> None:
     labels = ["<$10", "$10_$20", "a|b", "\u4e2d\u6587", "x^2_"]
     rows = [(f"sentence {i}", labels[i % 5]) for i in range(30)]
@@ -216,6 +234,19 @@ def test_eval_only(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str
     capsys.readouterr()
     assert train.main(f"--model {run / 'best'} --eval-only --test {test} --task type=l".split()) == 0
     assert "on test" in capsys.readouterr().out
+
+
+def test_the_directory_of_a_run_is_no_model(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = main("run", "--epochs 1")
+    with pytest.raises(CheckpointError, match=r"run is the directory of a run: give .*run/best"):
+        MultiTaskModel.from_pretrained(run)
+    capsys.readouterr()
+    assert train.main(f"--model {run} --data dummy --output {tmp_path / 'next'}".split()) == 2
+    assert f"holds neither model.safetensors nor model.safetensors.index.json: give {run / 'best'} instead" in (
+        capsys.readouterr().err
+    )
 
 
 def test_nothing_to_train(main: Main, capsys: pytest.CaptureFixture[str], small: Path) -> None:
@@ -537,6 +568,28 @@ def test_resuming_something_else_says_what_differs(
     assert "train" in refused("")
 
 
+def test_a_run_without_its_last_state_is_not_begun_again(
+    main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = main("run", "--epochs 2")
+    kept = [run / "metrics.jsonl", run / "best" / "model.safetensors", run / "best" / "heads.safetensors"]
+    before = [path.read_bytes() for path in kept]
+    shutil.rmtree(run / "last")
+    assert train.main(["--output", str(run), "--resume"]) == 2
+    assert "last is not there any more, so the run cannot go on: begin another" in capsys.readouterr().err
+    assert [path.read_bytes() for path in kept] == before
+
+
+def test_resuming_removes_nothing_of_others(main: Main) -> None:
+    run = main("run", "--epochs 1")
+    names = [".venv.old", ".git.new", ".best.new", ".last.old"]
+    for name in names:
+        (run / name).mkdir()
+        (run / name / "file").touch()
+    assert train.main(["--output", str(run), "--resume"]) == 0
+    assert [name for name in names if (run / name).exists()] == [".venv.old", ".git.new"]
+
+
 def test_a_run_is_not_overwritten(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main("run", "--epochs 1")
     main("run", "--epochs 1", status=2)
@@ -650,6 +703,24 @@ def test_bad_options_are_one_sentence(
     assert line.startswith("train.py: error: ")
     assert message in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("column", "given", "message"),
+    [
+        ("Split", "", "d.csv, line 2: the split column is called 'Split', say so by --split Split"),
+        ("split", "--split nosuch", "--split nosuch: no row of any file has something in that column"),
+    ],
+)
+def test_a_split_that_would_be_overlooked(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], column: str, given: str, message: str
+) -> None:
+    rows = [(f"text {i}", "xy"[i % 2], "train" if i < 20 else "test") for i in range(30)]
+    data = table(tmp_path / "d.csv", [("text", "a", column), *rows])
+    command = f"--model {small} --train {data} --task a=a --epochs 1 --output {tmp_path / 'run'} "
+    assert train.main((command + given).split()) == 2
+    assert message in capsys.readouterr().err
+    assert train.main((command + f"--split {column}").split()) == 0
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,9 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
             f"convert it with `python -m minibert convert {directory} NEW_DIRECTORY` and load that"
         )
     found = f"only {other}" if other else f"neither {SINGLE} nor {INDEX}"
-    raise CheckpointError(f"{directory} holds {found}: a model directory needs {SINGLE}")
+    inside = min((path.parent for path in directory.glob(f"*/{SINGLE}")), default=None)
+    way_out = f"give {inside} instead" if inside else f"a model directory needs {SINGLE}"
+    raise CheckpointError(f"{directory} holds {found}: {way_out}")
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
