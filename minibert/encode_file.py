@@ -103,15 +103,16 @@ def encode_file(
         if resume and not record_file(part).is_file() and target.is_file() and record_file(target).is_file():
             _check_whole(target, task)
             return target
-        done = _rows_done(part, task, resume)
-        blocks = encoder.encode_blocks(Lines(text, start + done, stop), batch_size, normalize)
+        done, cut = _rows_done(part, task, resume)
+        blocks = encoder.blocks_and_cuts(Lines(text, start + done, stop), batch_size, normalize)
         if done == 0:
             _create(part, stop - start, width)
         try:
-            for block in blocks:
+            for block, cut_here in blocks:
                 _write(part, done, block.float().cpu().numpy())  # the rows before the record that counts them
                 done += len(block)
-                _write_record(part, task | {"done": done})
+                cut += cut_here
+                _write_record(part, task | {"done": done, "cut": cut})
             if done < stop - start or _version(text) != version:
                 record_file(part).unlink()  # nobody knows which rows are of which text
                 raise ValueError(f"{text} was changed while it was read: encode it again")
@@ -122,6 +123,7 @@ def encode_file(
                 print(f"\nstopped after {done} of {stop - start} rows: --resume goes on there", file=sys.stderr)
             raise
         _publish(part, target)
+    encoder.tokenizer.warn_if_cut(cut, stop - start)
     return target
 
 
@@ -151,15 +153,18 @@ def merge(output: Path) -> int:
         raise ValueError(f"cannot merge {output}: {', '.join(missing)} not there, or not finished")
     task = _read_record(shards[wanted[0]])
     lines, width = task["lines"], task["hidden_size"]
+    del task["cut"]  # of each shard its own
+    cut = 0
     for shard in wanted:
         start, stop = shard.rows(lines)
         _check_whole(shards[shard], task | {"start": start, "stop": stop, "done": stop - start})
+        cut += _read_record(shards[shard])["cut"]
     part = Path(f"{output}.merging")
     with alone(part):
         _create(part, lines, width)
         for shard in wanted:
             _write(part, shard.rows(lines)[0], np.load(shards[shard], mmap_mode="r"))
-        _write_record(part, task | {"start": 0, "stop": lines, "done": lines})
+        _write_record(part, task | {"start": 0, "stop": lines, "done": lines, "cut": cut})
         _publish(part, output)
     return len(wanted)
 
@@ -207,7 +212,7 @@ def record_file(file: Path) -> Path:
 
 def _read_record(file: Path) -> dict[str, Any]:
     record = read_json(record_file(file)) if record_file(file).is_file() else {}
-    for key in ("lines", "hidden_size", "start", "stop", "done"):
+    for key in ("lines", "hidden_size", "start", "stop", "done", "cut"):
         if type(record.get(key)) is not int:
             raise ValueError(
                 f"{record_file(file)} is missing or damaged: remove {file.name} and encode it again"
@@ -222,10 +227,10 @@ def _write_record(file: Path, record: dict[str, Any]) -> None:
     temporary.replace(record_file(file))
 
 
-def _rows_done(part: Path, task: dict[str, Any], resume: bool) -> int:
-    """How many rows of this task an earlier run has left."""
+def _rows_done(part: Path, task: dict[str, Any], resume: bool) -> tuple[int, int]:
+    """How many rows of this task an earlier run has left, and of how many of them the texts were cut."""
     if not record_file(part).is_file():
-        return 0
+        return 0, 0
     record, rows = _read_record(part), task["stop"] - task["start"]
     done: int = record["done"]
     if not resume:
@@ -238,7 +243,7 @@ def _rows_done(part: Path, task: dict[str, Any], resume: bool) -> int:
         raise ValueError(
             f"{record_file(part)} says that {done} of {rows} rows are done: remove it and {part.name}"
         )
-    return done
+    return done, record["cut"]
 
 
 def _check_whole(file: Path, task: dict[str, Any]) -> None:

@@ -199,26 +199,41 @@ class SentenceEncoder(nn.Module):
 
         Only one block of sentences is held (on a GPU, and one read ahead).
         """
+        blocks = self.blocks_and_cuts(sentences, batch_size, normalize_embeddings, show_progress_bar)
+        return self._with_a_warning(blocks)
+
+    def _with_a_warning(self, blocks: Iterable[tuple[Tensor, int]]) -> Iterator[Tensor]:
+        done, cut = 0, 0
+        for embeddings, cut_here in blocks:
+            yield embeddings
+            done += len(embeddings)
+            cut += cut_here
+        self.tokenizer.warn_if_cut(cut, done)
+
+    def blocks_and_cuts(
+        self,
+        sentences: str | Iterable[str],
+        batch_size: int | None = None,
+        normalize_embeddings: bool | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> Iterator[tuple[Tensor, int]]:
+        """As `encode_blocks`, with how many texts of each block were cut, without a warning."""
         if batch_size is not None and (not isinstance(batch_size, SupportsIndex) or batch_size < 1):
             raise ValueError(f"batch_size is {batch_size!r}, it must be an integer from 1 up")
         texts = as_iterable(sentences)
         normalize = self.normalize_embeddings if normalize_embeddings is None else normalize_embeddings
-        return self._encode_blocks(texts, batch_size, normalize, show_progress_bar)
+        return self._blocks_and_cuts(texts, batch_size, normalize, show_progress_bar)
 
-    def _encode_blocks(
+    def _blocks_and_cuts(
         self, texts: Iterable[str], batch_size: int | None, normalize: bool, show_progress_bar: bool | None
-    ) -> Iterator[Tensor]:
-        done, cut = 0, 0
+    ) -> Iterator[tuple[Tensor, int]]:
         total = len(texts) if isinstance(texts, Sized) else None
         tokenized = self._tokenize(texts)
         results = _one_ahead(tokenized) if self._on_gpu() else (call() for call in tokenized)
         with _progress_bar(total, show_progress_bar) as progress:
-            for ids, cut_here in results:
+            for ids, cut in results:
                 embeddings = self._embed(ids, batch_size, progress)  # (block, H)
-                yield _to_length_one(embeddings) if normalize else embeddings
-                done += len(ids)
-                cut += cut_here
-        self.tokenizer.warn_if_cut(cut, done)
+                yield _to_length_one(embeddings) if normalize else embeddings, cut
 
     def _on_gpu(self) -> bool:
         return self.model.device.type == "cuda"

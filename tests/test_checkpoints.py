@@ -447,7 +447,14 @@ def test_bin_only(copy: Path, tmp_path: Path) -> None:
     message = error_of(copy)
     assert "holds its weights only as pytorch_model.bin" in message
     assert f"python -m minibert convert {copy} NEW_DIRECTORY" in message
+    (tmp_path / "converted").mkdir()
+    for name in ("vocab.txt", "tokenizer.json", "mine.txt"):  # of a model that was here before
+        (tmp_path / "converted" / name).touch()
+    (copy / "vocab.txt").write_text("[PAD]\n")
     convert(copy, tmp_path / "converted")
+    assert (tmp_path / "converted" / "vocab.txt").read_text() == "[PAD]\n"
+    assert not (tmp_path / "converted" / "tokenizer.json").exists()
+    assert (tmp_path / "converted" / "mine.txt").exists()
     model = BertModel.from_pretrained(tmp_path / "converted")
     assert torch.equal(model.embeddings.word.weight, tensors["bert.embeddings.word_embeddings.weight"])
 
@@ -456,7 +463,7 @@ def test_convert_refuses_what_is_not_tensors(copy: Path, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match=r"has no pytorch_model.bin to convert"):
         convert(copy, tmp_path / "out")
     for damaged, message in {
-        b"nonsense": "cannot be read as tensors: UnpicklingError$",
+        b"nonsense": r"cannot be read as tensors \(UnpicklingError\): it is cut off \(fetch it again\), or holds",
         b"": "is empty",
         b"<html>": "is a web page",
         b"version https://git-lfs.github.com/spec/v1": "is a Git LFS pointer of a few bytes",

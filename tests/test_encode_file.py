@@ -95,6 +95,27 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert encoded == []
 
 
+@pytest.mark.filterwarnings("default:.* texts cut to")
+def test_texts_that_were_cut_before_a_stop_are_said(
+    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "a " * 600
+    text.write_text("\n".join([long, *LINES[1:20], long, long]) + "\n")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, SystemExit())  # as good as a kill
+        with pytest.raises(SystemExit):
+            encode(small, text)
+    capsys.readouterr()
+    assert encode(small, text, "--resume") == 0
+    assert "warning: 3 of 22 texts cut to " in capsys.readouterr().err
+    assert read_json(text.with_name("out.npy.json"))["cut"] == 3
+    for shard in ("1/2", "2/2"):
+        assert encode(small, text, "--shard", shard) == 0
+    assert "warning: 2 of 11 texts cut to " in capsys.readouterr().err
+    assert main(["merge", str(text.with_name("out.npy"))]) == 0
+    assert read_json(text.with_name("out.npy.json"))["cut"] == 3
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on(minilm: Path, tmp_path: Path) -> None:
     lines = [f"line {i}" for i in range(9000)]

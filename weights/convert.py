@@ -36,13 +36,18 @@ def convert(name_or_path: str | Path, directory: str | Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # a damaged pickle can raise anything, with advice that is not ours
-        raise CheckpointError(f"{path} cannot be read as tensors: {type(error).__name__}") from error
+        raise CheckpointError(
+            f"{path} cannot be read as tensors ({type(error).__name__}): it is cut off (fetch it again), or "
+            "holds more than tensors"
+        ) from error
     if reason:
         raise CheckpointError(f"{path} {reason}")
     if not isinstance(published, dict) or not all(map(_is_named_tensor, published.items())):
         raise CheckpointError(
             f"{path} does not hold named tensors alone (it holds a {type(published).__name__})"
         )
-    others = [name for name in ("config.json", *TOKENIZER_FILES, *OPTIONAL_FILES) if (source / name).is_file()]
+    names = ("config.json", *TOKENIZER_FILES, *OPTIONAL_FILES)
+    # None: of another model, that was here before
+    others = {name: (source / name).read_bytes() if (source / name).is_file() else None for name in names}
     tensors = {key: tensor for key, tensor in published.items() if not is_ignored(key)}
-    write_directory(Path(directory), {SINGLE: tensors, **{n: (source / n).read_bytes() for n in others}})
+    write_directory(Path(directory), {SINGLE: tensors, **others})
