@@ -90,10 +90,8 @@ class Bar:
     def __init__(self, title: str, unit: str, total: int, done: int = 0, *, hidden: bool) -> None:
         from tqdm import tqdm
 
-        on_a_terminal_only = True if hidden else None
-        self.bar = tqdm(
-            total=total, initial=done, desc=title, unit=unit, leave=False, disable=on_a_terminal_only
-        )
+        disabled = True if hidden else None  # None: where there is no terminal
+        self.bar = tqdm(total=total, initial=done, desc=title, unit=unit, leave=False, disable=disabled)
         self.began = time.perf_counter()
         self.tokens = 0
 

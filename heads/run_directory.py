@@ -40,14 +40,13 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.log_file = self.path / "metrics.jsonl"
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Makes the directory and keeps other processes out of it. Raises ValueError if one is at it."""
-        try:
+        with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be written: {error.strerror}") from error
         with alone(self.path / "last"):
             yield
 
@@ -67,7 +66,7 @@ class RunDirectory:
 
         First config.json, since a run that has it can be gone on with.
         """
-        try:
+        with _writing(self.path):
             free = shutil.disk_usage(self.path).free
             if free < bytes_needed:
                 raise CheckpointError(
@@ -75,11 +74,8 @@ class RunDirectory:
                     f"{bytes_needed / 1e6:,.0f} MB"
                 )
             self.write({"config.json": to_json(config)})
-            metrics = self.path / "metrics.jsonl"
-            metrics.touch()
-            os.truncate(metrics, 0)
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be written: {error.strerror}") from error
+            self.log_file.touch()
+            os.truncate(self.log_file, 0)
 
     def write(self, files: dict[str, bytes]) -> None:
         """Writes small files, each whole or not at all."""
@@ -87,23 +83,17 @@ class RunDirectory:
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl."""
-        try:
-            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.path / 'metrics.jsonl'} cannot be written: {error.strerror}"
-            ) from error
+        with _writing(self.log_file), self.log_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
-        text = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
+        text = self.log_file.read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()]
 
     def count_epochs(self) -> int:
         """How many epochs metrics.jsonl has, of which the last line may be cut off."""
-        metrics = self.path / "metrics.jsonl"
-        return metrics.read_text(encoding="utf-8").count('"trained": [') if metrics.is_file() else 0
+        return self.log_file.read_text(encoding="utf-8").count('"trained": [') if self.log_file.is_file() else 0
 
     def save(
         self,
@@ -117,18 +107,16 @@ class RunDirectory:
         shutil.rmtree(fresh, ignore_errors=True)
         model.save_pretrained(fresh)
         if progress is not None:
-            with (self.path / "metrics.jsonl").open("ab") as metrics:
-                os.fsync(metrics.fileno())  # it must not be shorter than this after a power cut
-                progress.metrics_bytes = metrics.tell()
+            with _writing(self.log_file), self.log_file.open("ab") as file:
+                os.fsync(file.fileno())  # it must not be shorter than this after a power cut
+                progress.metrics_bytes = file.tell()
             write_directory(fresh, {STATE: state or {}, PROGRESS: to_json(asdict(progress))})
-        try:
+        with _writing(place):
             shutil.rmtree(old, ignore_errors=True)
             if place.exists():
                 place.rename(old)
             fresh.rename(place)
             shutil.rmtree(old, ignore_errors=True)
-        except OSError as error:
-            raise CheckpointError(f"{place} cannot be written: {error.strerror}") from error
 
     def load(self, begun: Progress) -> tuple[Progress, dict[str, Tensor]]:
         """What `save("last", ...)` stored beside the model; (`begun`, {}) if nothing was saved yet.
@@ -156,7 +144,15 @@ class RunDirectory:
 
     def rewind(self, progress: Progress) -> None:
         """Cuts metrics.jsonl back to what it was when `progress` was saved."""
-        metrics = self.path / "metrics.jsonl"
-        if not metrics.is_file() or metrics.stat().st_size < progress.metrics_bytes:
-            raise CheckpointError(f"{metrics} is missing or shorter than it was when last/ was saved")
-        os.truncate(metrics, progress.metrics_bytes)
+        if not self.log_file.is_file() or self.log_file.stat().st_size < progress.metrics_bytes:
+            raise CheckpointError(f"{self.log_file} is missing or shorter than it was when last/ was saved")
+        os.truncate(self.log_file, progress.metrics_bytes)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """An error of the disk names what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
