@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
 
         if not is_out_of_memory(error):
             raise
-        print("minibert: error: out of memory, try a smaller --batch-size", file=sys.stderr)
+        hint = ", try a smaller --batch-size" if "batch_size" in arguments else ""
+        print(f"minibert: error: out of memory{hint}", file=sys.stderr)
         return 2
 
 
@@ -202,10 +203,15 @@ def _text_file(given: list[str]) -> Path | None:
     """The file that was given instead of sentences."""
     # A file's name is not a sentence: reading it, or saying that it is not there, is what was meant.
     is_file = os.path.exists if len(given) == 1 else os.path.isfile  # False, not an error, for a long sentence
-    files = [name for name in given if is_file(name) or name.endswith((".txt", ".csv", ".tsv", ".jsonl"))]
+    files = [name for name in given if is_file(name) or _looks_like_a_file(name)]
     if files and len(given) > 1:
         raise ValueError(f"{files[0]} is a file among sentences: give one file alone, or pipe text in")
     return Path(files[0]) if files else None
+
+
+def _looks_like_a_file(name: str) -> bool:
+    tables = (".csv", ".tsv", ".jsonl")
+    return name.endswith(".txt") or (name.endswith(tables) and len(name.split()) == 1)
 
 
 def _sentences(given: list[str], file: Path | None) -> Iterable[str]:
@@ -250,7 +256,7 @@ def _write_embeddings(output: Path, embeddings: NDArray[np.float32]) -> None:
     from minibert.encode_file import record_file, whole_or_gone
 
     temporary = output.with_name(f".{output.name}.{os.getpid()}{output.suffix}")
-    with whole_or_gone(temporary):
+    with whole_or_gone(temporary, output):
         if output.suffix == ".npy":
             np.save(temporary, embeddings)
             record_file(output).unlink(missing_ok=True)  # of an array that was here before

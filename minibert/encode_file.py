@@ -212,6 +212,7 @@ def record_file(file: Path) -> Path:
 
 def _read_record(file: Path) -> dict[str, Any]:
     record = read_json(record_file(file)) if record_file(file).is_file() else {}
+    record.setdefault("cut", 0)  # of a run begun before it was counted
     for key in ("lines", "hidden_size", "start", "stop", "done", "cut"):
         if type(record.get(key)) is not int:
             raise ValueError(
@@ -277,14 +278,14 @@ def _create(file: Path, rows: int, width: int) -> None:
 
 
 @contextmanager
-def whole_or_gone(file: Path) -> Iterator[None]:
-    """Of a file that could not be written whole nothing is left, and an error of the disk names it."""
+def whole_or_gone(file: Path, name: Path | None = None) -> Iterator[None]:
+    """Of a file that could not be written whole nothing is left; an error of the disk calls it `name`."""
     try:
         yield
     except BaseException as error:
         file.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise OSError(f"{file} cannot be written: {error.strerror or error}") from error
+            raise OSError(f"{name or file} cannot be written: {error.strerror or error}") from error
         raise
 
 

@@ -8,7 +8,6 @@ key and value as one product and GELU inside the up-projection. docs/performance
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from weights.safetensors_files import release_memory
 # Per batch, at most: tokens, and numbers (tokens * H), which on a CPU fit its caches. See docs/performance.md.
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 65536}
 NUMBERS = {"cpu": 2048 * 768, "cuda": 32768 * 768}
-SAMPLE = 16  # numbers of each Linear that tell whether its weight has changed
+SAMPLE = 16  # numbers of each Linear's matrix, in one line of the cache, that tell whether it has changed
 
 
 class FastModel:
@@ -41,31 +40,26 @@ class FastModel:
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
         self.embeddings: Callable[..., Tensor] = FusedEmbeddings(model.embeddings)
         self.layers: list[Callable[..., tuple[Tensor, Tensor | None]]] = []
-        some: list[Any] = list(model.layers)[:layers]
-        for layer in some:
-            self.layers.append(FusedLayer(layer, model.config.hidden_act, dtype))
+        for layer in list(model.layers)[:layers]:
+            self.layers.append(FusedLayer(layer, model.config.hidden_act, dtype))  # type: ignore[arg-type]
             release_memory(list(layer.parameters()))
 
 
 def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> FastModel | None:
-    """A model's `FastModel`, made anew when it has changed; None if somebody put a part or a hook into it.
+    """A model's `FastModel`, made anew when it has changed; None unless `is_untouched`.
 
     A change is another part, hook or parameter, or another number in one. (Of what is written into a
-    parameter's `.data` torch keeps no record, so a few numbers of each Linear are compared; an activation
-    function in another's place goes unnoticed.) With inference tensors, of which nothing tells whether they
-    have changed, the copy is made anew every time.
+    parameter's `.data` torch keeps no record, so some numbers of each Linear's matrix are compared. Another
+    activation, `eps` or `head_size` goes unnoticed.) With inference tensors, of which nothing tells whether
+    they have changed, the copy is made anew every time.
     """
     model = getattr(model, "_orig_mod", model)  # of a compiled one
     state = _identities(model), dtype, model.config, model.attention
     with _LOCK:
-        kept: _Kept = vars(model).setdefault("_kept", _Kept())
-        if kept.state != state or not kept.sampled_alike():
-            kept.copy = kept.state = kept.numbers = None  # before its successor takes as much memory
-            kept.parts = [*list(model.modules())[1:], *((p, p.detach()) for p in model.parameters())]
-            if is_untouched(model):
-                kept.sample(model)
-                kept.copy = FastModel(model, dtype)
-            kept.state = state
+        kept: _Kept | None = vars(model).get("_kept")
+        if kept is None or kept.state != state or not kept.sampled_alike():
+            kept = vars(model)["_kept"] = None  # before its successor takes as much memory
+            kept = vars(model)["_kept"] = _Kept(model, dtype, state)
         return kept.copy
 
 
@@ -75,24 +69,22 @@ class _Kept:
     `parts` are there so that nothing later can have the identity or the memory of one of them.
     """
 
-    copy: FastModel | None = None
-    state: object = None
-    parts: Sequence[object] = ()
-    samples: list[Tensor]
-    numbers: Tensor | None = None  # what the samples were
-
-    def sample(self, model: BertModel) -> None:
-        """Takes some numbers of each Linear in a layer, in one line of the cache."""
-        linears = [part for part in model.layers.modules() if isinstance(part, nn.Linear)]
-        self.samples = [each.weight.detach()[len(each.weight) // 2, :SAMPLE] for each in linears]
-        self.numbers = torch.cat(self.samples)
+    def __init__(self, model: BertModel, dtype: torch.dtype | None, state: object) -> None:
+        self.state = state
+        self.parts = [*list(model.modules())[1:], *((p, p.detach()) for p in model.parameters())]
+        self.copy, self.samples = None, []
+        if is_untouched(model):
+            linears = [part for part in model.layers.modules() if isinstance(part, nn.Linear)]
+            self.samples = [each.weight.detach()[len(each.weight) // 2, :SAMPLE] for each in linears]
+            self.numbers = torch.cat(self.samples) if linears else torch.empty(0)
+            self.copy = FastModel(model, dtype)
 
     def sampled_alike(self) -> bool:
-        """Whether they are what they were."""
-        return self.numbers is None or torch.equal(torch.cat(self.samples), self.numbers)
+        """Whether the samples are what they were."""
+        return not self.samples or torch.equal(torch.cat(self.samples), self.numbers)
 
-    def __reduce__(self) -> tuple[type["_Kept"], tuple[()]]:
-        return _Kept, ()
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 def _identities(model: BertModel) -> list[object]:

@@ -121,7 +121,7 @@ class FeedForwardInParts:
 
 
 class FusedLayer:
-    """`EncoderLayer` of these."""
+    """`EncoderLayer` whose parts are fused."""
 
     __call__ = EncoderLayer.forward
 
@@ -139,7 +139,7 @@ class FusedLayer:
 
 
 class FusedEmbeddings:
-    """`Embeddings` by functions."""
+    """`Embeddings` whose tables and norm are called without a Module's preparations."""
 
     __call__ = Embeddings.forward
 
@@ -164,27 +164,29 @@ def _unchanged(x: Tensor) -> Tensor:
 
 
 def is_untouched(model: BertModel) -> bool:
-    """Whether all its parts are those that `BertModel` makes, and nobody has put a hook or a function there.
+    """Whether `encode` may compute it in its own way.
 
-    Other sizes and values change nothing.
+    Each part is of the class that `BertModel` puts there, with its parameters and functions, and without a
+    hook. Sizes and values may differ, but query, key and value are of one size.
     """
-    if type(model) is not BertModel or model.attention not in ("sdpa", "eager", "packed"):
+    if model.attention not in ("sdpa", "eager", "packed"):
         return False
     with torch.device("meta"), NoInitialisation():
         originals = dict(BertModel(replace(model.config, num_hidden_layers=1)).named_modules())
     for name, part in model.named_modules():
         original = originals.get(re.sub(r"^layers\.\d+", "layers.0", name))
-        if original is None or has_hook(part) or _makings(part) != _makings(original):
+        if original is None or has_hook(part) or _recipe(part) != _recipe(original):
             return False
-    return True
+    attentions = [part for part in model.modules() if isinstance(part, SelfAttention)]
+    return all(a.query.weight.shape == a.key.weight.shape == a.value.weight.shape for a in attentions)
 
 
-def _makings(part: nn.Module) -> tuple[object, ...]:
+def _recipe(part: nn.Module) -> tuple[object, ...]:
     """What decides what a part computes, but for sizes and values."""
     kind = nn.Dropout if type(part) is FastDropout else type(part)
     parameters = {name: type(parameter) for name, parameter in part._parameters.items()}
-    own = (getattr(part, "activation", None), getattr(part, "max_norm", None), vars(part).get("forward"))
-    return kind, parameters, own
+    functions = {name: f for name, f in vars(part).items() if callable(f) and not name.startswith("_")}
+    return kind, parameters, functions, getattr(part, "max_norm", None)
 
 
 def has_hook(module: nn.Module) -> bool:

@@ -99,7 +99,7 @@ class Packing:
             context, _ = function(q, k, v, None, dropout_p)
             contexts.append(context.transpose(1, 2).flatten(0, 1))
         if self.filling:
-            contexts.append(value.new_zeros(self.filling, len(value), value.shape[2]))
+            contexts.append(query.new_zeros(self.filling, len(query), query.shape[2]))
         joined = torch.cat(contexts) if len(contexts) > 1 else contexts[0]
         return joined.transpose(0, 1), None
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 POOLINGS = {"mean": mean_pooling, "cls": cls_pooling}
-PACKED_POOLINGS = {"mean": Packing.mean, "cls": Packing.first}
+PACKED_POOLINGS = {"mean": Packing.mean, "cls": Packing.first}  # without one `forward` is called
 BLOCK_SENTENCES, BLOCK_CHARACTERS = 4096, 1_000_000  # that are read, tokenized and sorted together
 
 
@@ -160,12 +160,12 @@ class SentenceEncoder(nn.Module):
         A sentence's numbers are the same to the last bit whatever else is encoded with it (where:
         docs/performance.md). In float32 they differ from those of `forward`, which pads, by at most
         1e-6 of the embedding's length. (Where a part of the model is not ours, or has a hook, `forward` is
-        called, with texts of one length at a time: slower, in the model's own dtype, and bits may depend on
-        the batch.)
+        called with the ids and a mask of texts of one length at a time: slower, in the model's own dtype,
+        not compiled, and bits may depend on the batch. Threads must not do so with a model in training mode.)
 
         Weights may have changed since the last call. Of what is written into `.data`, or by numpy or a
-        collective into a detached tensor, torch keeps no record: it is noticed if it concerns every row of
-        a matrix; else call `torch.autograd.graph.increment_version(model.parameters())`.
+        collective into a detached tensor, torch keeps no record: it is noticed if it concerns all numbers
+        of a Linear's matrix; else call `torch.autograd.graph.increment_version(model.parameters())`.
 
         Args:
             sentences: a string, or any iterable of strings, which is read block by block.
@@ -257,7 +257,8 @@ class SentenceEncoder(nn.Module):
         with mode, onednn_products() if device.type == "cpu" else nullcontext():
             for batch, vectors in results:
                 if embeddings is None:
-                    embeddings = self._empty(len(ids), vectors).zero_()  # a text without any token stays zero
+                    with torch.inference_mode(False):  # what is given back can be trained on
+                        embeddings = self._empty(len(ids), vectors).zero_()  # a text without token stays zero
                 embeddings.index_copy_(0, send(np.array(batch), device), vectors.to(embeddings.dtype))
                 progress(len(batch))
         return self._empty(len(ids)).zero_() if embeddings is None else embeddings
@@ -280,9 +281,9 @@ class SentenceEncoder(nn.Module):
         return fast
 
     def _is_ours(self) -> bool:
-        """Whether pooling is all that it adds to the model."""
-        own = type(self).forward is not SentenceEncoder.forward or "forward" in vars(self) or has_hook(self)
-        return not own and self.pooling in PACKED_POOLINGS
+        """Whether `forward` is ours, and its pooling has a packed form."""
+        own = type(self).forward is not SentenceEncoder.forward or "forward" in vars(self)
+        return not own and not has_hook(self) and not has_hook(self.model) and self.pooling in PACKED_POOLINGS
 
     def _pooled(
         self, fast: FastModel, ids: list[list[int]], batch_size: int | None
@@ -326,12 +327,13 @@ class SentenceEncoder(nn.Module):
 
         Raises:
             CheckpointError, ValueError: as `BertModel.save_pretrained`.
-            ValueError: parameters beside the model's, which these files have no place for.
+            ValueError: parameters beside the model's, and no `other_files` to hold them.
         """
-        if beside := [name for name in self.state_dict() if not name.startswith("model.")]:
+        beside = [name for name in self.state_dict() if not name.startswith("model.")]
+        if beside and not other_files:
             raise ValueError(
-                f"{', '.join(beside)} would be lost: save the state_dict() by torch.save, "
-                "or encoder.model and encoder.tokenizer alone"
+                f"{', '.join(beside)} would be lost: save them in other_files, such as "
+                "{'dense.safetensors': encoder.dense.state_dict()}, which you read yourself"
             )
         files: dict[str, Any] = {**self.tokenizer.files()}
         files |= module_files(
@@ -354,7 +356,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        for part, mode in modes:  # from the top down
+        for part, mode in modes:  # from the top down: `train` also sets the parts below
             part.train(mode)
 
 

@@ -51,7 +51,9 @@ def test_shapes_and_types(encoder: SentenceEncoder) -> None:
     assert isinstance(tensor, torch.Tensor)
     assert torch.equal(tensor, torch.from_numpy(one))
     assert not tensor.requires_grad
-    assert not tensor.is_inference()  # heads can be trained on it
+    for normalize in (True, False):
+        block = encoder.encode(["hello", "x"], normalize_embeddings=normalize, convert_to_tensor=True)
+        assert not block.is_inference()  # heads can be trained on it
     assert encoder.encode(iter(["hello"])).shape == (1, 384)
     assert encoder.encode(np.array(["hello", "x"])).shape == (2, 384)
 
@@ -84,6 +86,8 @@ def test_what_would_be_lost_is_not_saved(tiny_encoder: SentenceEncoder, tmp_path
     with pytest.raises(ValueError, match=r"dense.weight, dense.bias would be lost"):
         encoder.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+    encoder.save_pretrained(tmp_path / "saved", {"dense.safetensors": encoder.dense.state_dict()})
+    assert (tmp_path / "saved" / "dense.safetensors").is_file()
 
 
 def test_cut_sentences_are_said(tiny_encoder: SentenceEncoder) -> None:

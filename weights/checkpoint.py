@@ -138,9 +138,9 @@ def save_checkpoint(
         )
     found = {key: tensor.shape for key, tensor in tensors.items()}
     wrong = [
-        f"{key} is {tuple(found[key]) if key in found else 'missing'}, by the config {tuple(shape)}"
-        for key, shape in shapes.items()
-        if found.get(key) != shape
+        f"{key} is {_shape(found.get(key))}, by the config {_shape(shapes.get(key))}"
+        for key in {**shapes, **found}
+        if found.get(key) != shapes.get(key)
     ]
     if wrong:
         raise ValueError(
@@ -161,6 +161,10 @@ def save_checkpoint(
             **(other_files or {}),
         },
     )
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "nowhere" if shape is None else str(tuple(shape))
 
 
 def _listed(lines: Iterable[str], most: int = 12) -> str:

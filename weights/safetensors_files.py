@@ -44,7 +44,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
             f"convert it with `python -m minibert convert {directory} NEW_DIRECTORY` and load that"
         )
     found = f"only {other}" if other else f"neither {SINGLE} nor {INDEX}"
-    inside = min((path.parent for path in directory.glob(f"*/{SINGLE}")), default=None)
+    inside = min((path.parent for path in directory.glob(f"[!.]*/{SINGLE}")), default=None)
     way_out = f"give {inside} instead" if inside else f"a model directory needs {SINGLE}"
     raise CheckpointError(f"{directory} holds {found}: {way_out}")
 
@@ -54,7 +54,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map: it does not say which shard holds what")
     shards = sorted(set(map(str, weight_map.values())))
-    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    # a path that leads out of the directory is none that was published
+    missing = [s for s in shards if ".." in s or s.startswith("/") or not (index.parent / s).is_file()]
     if missing:
         raise CheckpointError(f"{index} lists shards that are not there: {', '.join(missing)}")
     tensors: dict[str, Tensor] = {}
