@@ -68,6 +68,7 @@ def build_model(options: Options, tasks: list[str], examples: list[Example]) -> 
         known = f"its heads are: {', '.join(heads)}" if heads else "and none at all"
         raise ValueError(
             f"--eval-only: {options.model} has no head for {new[0] if new else 'any task'}, {known}"
+            + ("" if options.task else " (without --test FILE and --task it is for the bundled sentences)")
         )
     labels |= label_names(examples, new)
     torch.manual_seed(options.seed)
@@ -325,6 +326,8 @@ def run_all(options: Options, processes: Processes, held: ExitStack) -> None:
         use_fast_dropout(model.encoder)
     assert model.tokenizer is not None
     sets = {name: SentenceDataset(some, model.tokenizer, model.labels) for name, some in examples.items()}
+    if processes.is_first:
+        print(f"sentences: {', '.join(f'{len(dataset):,} {name}' for name, dataset in sets.items())}")
     if options.eval_only:
         run = open_run(options, model, processes, held) if options.output else None
     else:
@@ -332,8 +335,7 @@ def run_all(options: Options, processes: Processes, held: ExitStack) -> None:
         plan.apply(model, progress.epoch)
         check_settings(options, plan, model, sets)
         if processes.is_first:
-            sizes = ", ".join(f"{len(dataset):,} {name}" for name, dataset in sets.items())
-            print(f"sentences: {sizes}\n\n{plan.summary(model, progress.epoch)}\n", flush=True)
+            print(f"\n{summary(plan, model, progress.epoch)}\n", flush=True)
         if run is not None and state:
             processes.from_first(partial(run.rewind, progress))
         else:
@@ -352,6 +354,12 @@ def run_all(options: Options, processes: Processes, held: ExitStack) -> None:
             model = MultiTaskModel.from_pretrained(run.path / "best", attention=model.encoder.attention)
             model = model.to(processes.device)
         finish(options, run, model, sets, processes, max(0, progress.epoch - 1))
+
+
+def summary(plan: FreezePlan, model: MultiTaskModel, epoch: int) -> str:
+    """What is trained; in which epoch, if that changes."""
+    changes = plan.trained(model, 0) != plan.trained(model, sys.maxsize)
+    return f"in epoch {epoch + 1}:\n" * changes + plan.summary(model, epoch)
 
 
 def check_settings(
@@ -433,9 +441,9 @@ def finish(
         results[name] = evaluate(model, sets[name], processes)
         majorities[name] = baseline(sets, name)
     if run is not None:
-        plan = "evaluated only" if options.eval_only else options.plan().summary(model, epoch)
+        plan = "evaluated only" if options.eval_only else summary(options.plan(), model, epoch)
         write_report(run, results, labels=model.labels, majorities=majorities, plan=plan)
-    print_results(results, majorities)
+    print_results(options.model if options.eval_only else "the best checkpoint", results, majorities)
     print()
     for sentence, prediction in zip(EXAMPLES, model.predict(EXAMPLES), strict=True):
         answers = (f"{task}: {p['label']} ({p['probability']:.0%})" for task, p in prediction.items())

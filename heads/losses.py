@@ -58,17 +58,24 @@ class MultiTaskLoss(nn.Module):
                 processes divide by their common number.)
 
         Raises:
-            ValueError: a task without its logits, labels or count.
+            TypeError: labels that are no tensor.
+            ValueError: a task without its logits, labels or count, a label that is no class.
         """
         given = {"logits": logits, "labels": labels, "counts": self.weights if counts is None else counts}
         for kind, tensors in given.items():
             if missing := self.weights.keys() - tensors.keys():
                 raise ValueError(f"there are no {kind} for {min(missing)} (an unknown label is {MISSING})")
+        if wrong := [name for name in self.weights if not isinstance(labels[name], Tensor)]:
+            raise TypeError(f"labels of {wrong[0]} must be a tensor of class indices")
         losses = {}
         total = torch.zeros((), device=next(iter(logits.values())).device)
         for i, (name, weight) in enumerate(self.weights.items()):
             count = float((labels[name] != MISSING).sum()) if counts is None else counts[name]
-            summed = F.cross_entropy(logits[name], labels[name], ignore_index=MISSING, reduction="sum")
+            try:
+                summed = F.cross_entropy(logits[name], labels[name], ignore_index=MISSING, reduction="sum")
+            except IndexError as error:  # on a CPU; a GPU does not say
+                last = logits[name].shape[1] - 1
+                raise ValueError(f"labels of {name}: one is neither from 0 to {last} nor MISSING") from error
             losses[name] = summed / max(count, 1e-9)
             if self.log_variance is None:
                 total = total + weight * losses[name]

@@ -65,7 +65,9 @@ class Options:
     seed: int = option(0, "of the heads' first weights, the order of the data, and dropout (default: 0)", "N")
     device: str = option("auto", "cpu, cuda or cuda:N; auto: a GPU if there is one", "NAME")
     metric: str = option(
-        "accuracy", "which checkpoint is best: [TASK.]loss, accuracy or macro_f1 on validation", "NAME"
+        "accuracy",
+        "what is best on validation: [TASK.]loss, accuracy or macro_f1 (mean of the tasks)",
+        "NAME",
     )
     patience: int = option(0, "stop when so many epochs in a row were not the best (default: 0, never)", "N")
     feature_cache_mb: float = option(1000.0, "memory for what frozen layers compute; 0: compute it anew", "X")
@@ -91,6 +93,8 @@ class Options:
             )
         if self.metric.rpartition(".")[2] not in ("loss", "accuracy", "macro_f1"):
             raise ValueError(f"--metric is {self.metric!r}, it must be [TASK.]loss, accuracy or macro_f1")
+        if self.eval_only and self.model == Options.model:
+            raise ValueError("--eval-only needs --model DIR, such as best/ of a run")
         if self.train and not self.task:
             raise ValueError("--train needs --task NAME=COLUMN, once for each task")
         if (self.task or self.test or self.validation) and not (self.train or self.eval_only):
@@ -104,7 +108,8 @@ class Options:
         for given in getattr(self, name):
             key, equals, value = given.partition("=")
             if not (key and equals and value) or key in pairs:
-                raise ValueError(f"--{name.replace('_', '-')} {given}: give NAME=VALUE, each name once")
+                form = Options.__dataclass_fields__[name].metadata["metavar"]
+                raise ValueError(f"--{name.replace('_', '-')} {given}: give {form}, each name once")
             pairs[key] = value
         return pairs
 
@@ -117,8 +122,9 @@ class Options:
 
     def loss_weights(self) -> dict[str, float]:
         """--loss-weight as numbers."""
+        pairs = self.pairs("loss_weight")
         try:
-            return {task: float(value) for task, value in self.pairs("loss_weight").items()}
+            return {task: float(value) for task, value in pairs.items()}
         except ValueError as error:
             raise ValueError(f"--loss-weight {' '.join(self.loss_weight)}: {error}") from error
 

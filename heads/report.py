@@ -73,15 +73,19 @@ def print_epoch(title: str, record: Mapping[str, Any], majorities: Mapping[str, 
         )
 
 
-def print_results(results: Results, majorities: Mapping[str, Mapping[str, float | None]]) -> None:
-    """The metrics of every set as a line per task."""
+def print_results(what: str, results: Results, majorities: Mapping[str, Mapping[str, float | None]]) -> None:
+    """The metrics of every set as a line per task that has labels there."""
     for name, tasks in results.items():
-        print(f"\nthe best checkpoint on {name}")
+        print(f"\n{what} on {name}")
         for task, m in tasks.items():
-            print(
-                f"  {task:<12} loss {shown(m.loss)}, accuracy {percent(m.accuracy)},"
-                f" macro-F1 {shown(m.macro_f1)}   (majority class {percent(majorities[name][task])})"
-            )
+            if m.loss is not None:
+                known = majorities[name][task] is not None
+                print(
+                    f"  {task:<12} loss {shown(m.loss)}, accuracy {percent(m.accuracy)},"
+                    f" macro-F1 {shown(m.macro_f1)}"
+                    + f"   (majority class {percent(majorities[name][task])})"
+                    * known
+                )
 
 
 class Bar:
@@ -135,7 +139,8 @@ def _results(name: str, tasks: Mapping[str, TaskMetrics], majorities: Mapping[st
         for task, m in tasks.items()
     ]
     header = ["task", "loss", "accuracy", "macro-F1", "majority class"]
-    return f"## The best checkpoint on {name}\n\n{_table(header, rows)}"
+    note = "Majority class: the accuracy of always answering what is most frequent in training."
+    return f"## The best checkpoint on {name}\n\n{_table(header, rows)}\n\n{note}"
 
 
 def _history(epochs: list[dict[str, Any]]) -> str:

@@ -119,8 +119,9 @@ def encode_file(
         except BaseException as error:
             if not record_file(part).is_file():  # nothing to go on from
                 part.unlink()
-            elif isinstance(error, KeyboardInterrupt):
-                print(f"\nstopped after {done} of {stop - start} rows: --resume goes on there", file=sys.stderr)
+            if isinstance(error, KeyboardInterrupt):
+                way = ": --resume goes on there" if done else ", which are written some thousands at a time"
+                print(f"\nstopped after {done} of {stop - start} rows{way}", file=sys.stderr)
             raise
         _publish(part, target)
     encoder.tokenizer.warn_if_cut(cut, stop - start)

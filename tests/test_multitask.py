@@ -366,6 +366,16 @@ def test_a_task_that_is_left_out_is_said(kind: str) -> None:
         MultiTaskLoss(["a", "b"])(**given)
 
 
+def test_labels_that_are_none() -> None:
+    logits, labels = random_batch(0, 0.0)
+    with pytest.raises(TypeError, match="labels of b must be a tensor of class indices"):
+        MultiTaskLoss(["a", "b"])(logits, {**labels, "b": ["x"] * 13})
+    classes = logits["a"].shape[1]
+    labels["a"][3] = classes
+    with pytest.raises(ValueError, match=f"labels of a: one is neither from 0 to {classes - 1} nor MISSING"):
+        MultiTaskLoss(["a", "b"])(logits, labels)
+
+
 def test_uncertainty_is_kendalls_formula() -> None:
     logits, labels = random_batch(1, 0.3)
     loss = MultiTaskLoss(["a", "b"], uncertainty=True)

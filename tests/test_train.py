@@ -233,7 +233,13 @@ def test_eval_only(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str
     test = table(tmp_path / "t.csv", [("text", "l"), ("a b", "news"), ("c", "question")])
     capsys.readouterr()
     assert train.main(f"--model {run / 'best'} --eval-only --test {test} --task type=l".split()) == 0
-    assert "on test" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("sentences: 2 test\n")
+    assert f"{run / 'best'} on test\n  type " in printed
+    assert "majority" not in printed  # of which training nobody knows
+    assert "  sentiment    loss" not in printed
+    assert train.main(f"--eval-only --test {test} --task type=l".split()) == 2
+    assert "--eval-only needs --model DIR, such as best/ of a run" in capsys.readouterr().err
 
 
 def test_the_directory_of_a_run_is_no_model(
@@ -671,7 +677,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
         ("--metric f1", "--metric is 'f1', it must be [TASK.]loss, accuracy or macro_f1"),
         ("--metric topic.loss", "--metric topic.loss: no task 'topic', there are: type, sentiment"),
         ("--loss-weight topic=1", "a loss weight is given for 'topic'"),
-        ("--loss-weight type", "--loss-weight type: give NAME=VALUE, each name once"),
+        ("--loss-weight type", "--loss-weight type: give NAME=X, each name once"),
         ("--loss-weight type=much", "--loss-weight type=much: could not convert string to float: 'much'"),
         ("--loss-weight type=2 --balance uncertainty", "choose one"),
         ("--task a=b", "--task, --validation and --test need --train FILE"),
