@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from heads.mlp import MLPHead
 from minibert import BertModel, SentenceEncoder, Tokenizer, mean_pooling
 from minibert.freezing import keep_frozen_in_eval
+from minibert.model import unwrapped
 from minibert.sentence_encoder import evaluating
 from weights import CheckpointError, resolve
 from weights.hub import TOKENIZER_FILES
@@ -154,7 +155,7 @@ class MultiTaskModel(nn.Module):
                 settings[name] |= sizes | {"classes": head.out.out_features}
         files: dict[str, Any] = {SETTINGS: to_json({"heads": settings}), TENSORS: self.heads.state_dict()}
         if self.tokenizer is None:
-            self.encoder.save_pretrained(directory, files)
+            unwrapped(self.encoder).save_pretrained(directory, files)
         else:
             SentenceEncoder(self.encoder, self.tokenizer).save_pretrained(directory, files)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from heads.losses import MISSING
 from minibert.devices import find_device
 
-PATIENCE = timedelta(days=1)  # the others wait while the first process evaluates
+LONGEST_WAIT = timedelta(days=1)  # the others wait while the first process evaluates
 
 
 class FirstFailedError(RuntimeError):
@@ -41,7 +41,7 @@ class Processes:
             torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every size of batch
         if self.count > 1 and not dist.is_initialized():
             kind = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(kind, timeout=PATIENCE)
+            dist.init_process_group(kind, timeout=LONGEST_WAIT)
 
     @property
     def is_first(self) -> bool:

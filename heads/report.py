@@ -78,14 +78,14 @@ def print_results(what: str, results: Results, majorities: Mapping[str, Mapping[
     for name, tasks in results.items():
         print(f"\n{what} on {name}")
         for task, m in tasks.items():
-            if m.loss is not None:
-                known = majorities[name][task] is not None
-                print(
-                    f"  {task:<12} loss {shown(m.loss)}, accuracy {percent(m.accuracy)},"
-                    f" macro-F1 {shown(m.macro_f1)}"
-                    + f"   (majority class {percent(majorities[name][task])})"
-                    * known
-                )
+            if m.loss is None:
+                continue
+            majority = majorities[name][task]
+            beside = "" if majority is None else f"   (majority class {percent(majority)})"
+            print(
+                f"  {task:<12} loss {shown(m.loss)}, accuracy {percent(m.accuracy)},"
+                f" macro-F1 {shown(m.macro_f1)}{beside}"
+            )
 
 
 class Bar:

@@ -46,7 +46,7 @@ class FastModel:
 
 
 def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> FastModel | None:
-    """A model's `FastModel`, made anew when it has changed; None unless `is_untouched`.
+    """A model's `FastModel`, made anew when it has changed; None unless it `is_untouched`.
 
     A change is another part, hook or parameter, or another number in one. (Of what is written into a
     parameter's `.data` torch keeps no record, so some numbers of each Linear's matrix are compared. Another
@@ -54,6 +54,8 @@ def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> FastModel |
     they have changed, the copy is made anew every time.
     """
     model = getattr(model, "_orig_mod", model)  # of a compiled one
+    if not isinstance(model, BertModel):  # somebody's own around it
+        return None
     state = _identities(model), dtype, model.config, model.attention
     with _LOCK:
         kept: _Kept | None = vars(model).get("_kept")

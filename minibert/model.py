@@ -201,10 +201,22 @@ class BertModel(nn.Module):
                 nn.init.zeros_(module.weight[module.padding_idx].detach())
 
 
-class NoInitialisation(TorchFunctionMode):
-    """While active, `torch.nn.init` does nothing. Only for loading: skip this on a first reading.
+def unwrapped(model: nn.Module) -> BertModel:
+    """The encoder that torch.compile may have wrapped.
 
-    The values come from the file anyway, and normal_ on the meta device imports torch's compiler,
+    Raises:
+        ValueError: something else is around it, which could not be saved with it.
+    """
+    inside = getattr(model, "_orig_mod", model)
+    if not isinstance(inside, BertModel):
+        raise ValueError(f"a {type(inside).__name__} cannot be saved: put the BertModel inside it in its place")
+    return inside
+
+
+class NoInitialisation(TorchFunctionMode):
+    """While active, `torch.nn.init` does nothing: for shapes alone. Skip this on a first reading.
+
+    The values come from a file anyway, and normal_ on the meta device imports torch's compiler,
     which takes a second.
     """
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from minibert.fast_attention import has_varlen
 from minibert.fast_inference import FastModel, fast_copy, in_batches, run_texts, token_budget
 from minibert.fused_layers import has_hook
-from minibert.model import BertModel
+from minibert.model import BertModel, unwrapped
 from minibert.onednn import onednn_products
 from minibert.packing import Packing, send, sum_by_halves
 from minibert.pooling import cls_pooling, mean_pooling
@@ -344,7 +344,7 @@ class SentenceEncoder(nn.Module):
         )
         files |= other_files or {}
         of_another = dict.fromkeys({*TOKENIZER_FILES, *OPTIONAL_FILES} - files.keys())  # that was here before
-        self.model.save_pretrained(directory, {**files, **of_another})
+        unwrapped(self.model).save_pretrained(directory, {**files, **of_another})
 
 
 @contextmanager

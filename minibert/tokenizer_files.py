@@ -88,6 +88,7 @@ def _from_tokenizer_json(path: Path, settings: Mapping[str, Any]) -> tokenizers.
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{path} is not a tokenizer this can read: {error}") from error
+    # the settings' `truncation_side`, already checked, counts for more
     if (backend.truncation or {}).get("direction") == "left" and "truncation_side" not in settings:
         raise CheckpointError(f"{path}: truncation from the left is not supported, only from the right")
     model = backend.model
@@ -212,6 +213,7 @@ def tokenizer_files(serialised: str, special_tokens: Mapping[str, str], max_leng
         "strip_accents": normalizer.get("strip_accents"),
         "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
         "model_max_length": max_length,
+        # One that is not added yet would be, by transformers, and found in texts; but it must know what pads.
         **{name: token for name, token in special_tokens.items() if token in added or name == "pad_token"},
     }
     return {"tokenizer.json": serialised.encode(), "tokenizer_config.json": to_json(settings)}

@@ -709,6 +709,25 @@ def test_what_is_put_around_the_model(minilm: Path, how: str) -> None:
     assert relative(after, before * torch.arange(36)) < 1e-6
 
 
+def test_a_module_around_the_model(minilm: Path, tmp_path: Path) -> None:
+    class Around(nn.Module):
+        def __init__(self, inner: BertModel) -> None:
+            super().__init__()
+            self.inner, self.config, self.device, self.dtype = inner, inner.config, inner.device, inner.dtype
+
+        def forward(self, *inputs: Tensor | None) -> Any:
+            output = self.inner(*inputs)
+            return replace(output, last_hidden_state=2 * output.last_hidden_state)
+
+    plain, texts = two_layers(minilm), ["one text", "and another one"]
+    expected = 2 * plain.encode(texts, convert_to_tensor=True)
+    encoder = SentenceEncoder(Around(plain.model), plain.tokenizer)  # type: ignore[arg-type]
+    assert relative(encoder.encode(texts, convert_to_tensor=True), expected) < 1e-6
+    with pytest.raises(ValueError, match="a Around cannot be saved: put the BertModel inside it in its place"):
+        encoder.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_a_subclass_of_the_model(minilm: Path) -> None:
     class Doubled(BertModel):
         def forward(self, *inputs: Any, **named: Any) -> Any:
