@@ -383,9 +383,12 @@ def check_settings(
             warnings.warn(
                 f"no validation sentence has a label for {task}: best/ is chosen without it", stacklevel=1
             )
-    for name in plan.trained(model, sys.maxsize):
-        task = name.removeprefix("heads.")
-        if task in model.heads and not (sets["train"].labels[task] != MISSING).any():
+    trained = plan.trained(model, sys.maxsize)
+    for task in model.heads:
+        if f"heads.{task}" not in trained:
+            if trained and not (resolve(options.model) / SETTINGS).is_file():
+                warnings.warn(f"--freeze {options.freeze} leaves the new head {task} random", stacklevel=1)
+        elif not (sets["train"].labels[task] != MISSING).any():
             warnings.warn(
                 f"no training sentence has a label for {task}: --freeze head:{task} keeps its head",
                 stacklevel=1,

@@ -1,7 +1,7 @@
 """Labelled sentences: files -> examples -> batches.
 
-A file is a table with a column of text and a column of labels per task: .csv, .tsv (quotes mean nothing
-there) or .jsonl, in UTF-8. An empty cell is a missing label.
+A file is a table with a column of text and a column of labels per task: .csv, .tsv (where quotes are
+part of the text) or .jsonl, in UTF-8. An empty cell is a missing label.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from minibert.tokenizer import pad
 
 DEMO = Path(__file__).with_name("demo.csv")
 SPLITS = ("train", "validation", "test")
-SAY_WHICH = "say which by --text COLUMN and --task NAME=COLUMN"
+SAY_WHICH = "say which by --text COLUMN and --task NAME=COLUMN (of a file for one task: --train NAME=FILE)"
 POOL = 16  # so many batches' sentences are sorted by length together
 
 
@@ -83,6 +84,13 @@ def read_examples(
         examples.append(Example(row[text], labels, where, part, source))
     if not examples:
         raise DataError(f"{path} holds no examples")
+    quoted = [each.where for each in examples if len(each.text) > 1 and each.text[0] == each.text[-1] == '"']
+    if quoted and Path(path).suffix.lower() == ".tsv":
+        warnings.warn(
+            f"{quoted[0]}: the quotes around the text belong to it, as in every .tsv: if they should not, "
+            "save the file as .csv",
+            stacklevel=2,
+        )
     for task, column in tasks.items():
         if column not in columns:
             raise DataError(
@@ -147,11 +155,13 @@ def _json_rows(path: Path, lines: Iterator[str], used: set[str | None]) -> Itera
             continue
         try:
             row = json.loads(line)
+            if not isinstance(row, dict):
+                raise TypeError(f"it is a {type(row).__name__}")
             cells = {key: _cell(value) if key in used else "" for key, value in row.items()}
             "".join(cells.values()).encode()
         except UnicodeEncodeError as error:
             raise DataError(f"{path}, line {number}: not valid Unicode, it has a lone surrogate") from error
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: not a JSON object of plain values ({error})") from error
         yield number, cells
 
@@ -160,7 +170,7 @@ def _cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, dict | list | float):
-        raise TypeError(f"{value!r:.40} cannot be a text or a label")
+        raise TypeError(f"{value!r:.40} cannot be a text or a label, only strings, integers and booleans can")
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -200,23 +210,28 @@ def stratified_split(
         kinds = (part for i in group for part in (examples[i].source, *sorted(examples[i].labels.items())))
         strata[tuple(kinds)].append(group)
     generator = torch.Generator().manual_seed(seed)
-    shares = {key: fraction * len(members) for key, members in strata.items()}
+    # Largest remainders: each stratum gives its share rounded down; those that lost most by it give one more.
+    shares = {key: fraction * len(groups) for key, groups in strata.items()}
     keys = sorted(strata, key=repr)
     keys = [keys[i] for i in torch.randperm(len(keys), generator=generator).tolist()]
-    keys.sort(key=lambda key: int(shares[key]) - shares[key])  # the largest part lost by rounding down first
-    extra = round(fraction * len(together)) - sum(map(int, shares.values()))
-    left = Counter(label for example in examples for label in example.labels.items())
+    keys.sort(key=lambda key: int(shares[key]) - shares[key])
+    one_more = round(fraction * len(together)) - sum(map(int, shares.values()))
+    rest = Counter(label for example in examples for label in example.labels.items())
     held: set[int] = set()
     for rank, key in enumerate(keys):
         order = torch.randperm(len(strata[key]), generator=generator).tolist()
-        for group in [strata[key][i] for i in order[: int(shares[key]) + (rank < extra)]]:
-            labels = Counter(label for i in group for label in examples[i].labels.items())
-            if all(left[label] > count for label, count in labels.items()):
-                left.subtract(labels)
+        for i in order[: int(shares[key]) + (rank < one_more)]:
+            group = strata[key][i]
+            labels = Counter(label for index in group for label in examples[index].labels.items())
+            if all(rest[label] > count for label, count in labels.items()):  # none may lose its last one
+                rest.subtract(labels)
                 held.update(group)
     if not held:
+        labels = Counter(label for example in examples for label in example.labels.items())
+        once = list(labels.values()).count(1)
         raise DataError(
-            f"{len(examples)} examples are too few to hold {fraction:.0%} out: give a validation file"
+            f"none of {len(examples)} examples can be held out, {once} of {len(labels)} labels come only once: "
+            "give a validation file"
         )
     return (
         [example for i, example in enumerate(examples) if i not in held],

@@ -38,7 +38,7 @@ def upper(model: MultiTaskModel, features: Tensor, attention_mask: Tensor, depth
 
 def compute(model: MultiTaskModel, batch: Mapping[str, Tensor], depth: int | None) -> MultiTaskOutput:
     """The model on a batch of `SentenceDataset.collate`: all of it, or from its features, of this depth, up."""
-    if "features" in batch and depth is not None:
+    if depth is not None:
         return upper(model, batch["features"], batch["attention_mask"], depth)
     output: MultiTaskOutput = model(batch["input_ids"], batch["attention_mask"])
     return output

@@ -58,15 +58,16 @@ class MultiTaskLoss(nn.Module):
                 processes divide by their common number.)
 
         Raises:
-            TypeError: labels that are no tensor.
+            TypeError: labels that are no tensor of int64.
             ValueError: a task without its logits, labels or count, a label that is no class.
         """
         given = {"logits": logits, "labels": labels, "counts": self.weights if counts is None else counts}
         for kind, tensors in given.items():
             if missing := self.weights.keys() - tensors.keys():
                 raise ValueError(f"there are no {kind} for {min(missing)} (an unknown label is {MISSING})")
-        if wrong := [name for name in self.weights if not isinstance(labels[name], Tensor)]:
-            raise TypeError(f"labels of {wrong[0]} must be a tensor of class indices")
+        integers = (torch.int64, torch.uint8)  # that cross_entropy takes
+        if wrong := [name for name in self.weights if getattr(labels[name], "dtype", None) not in integers]:
+            raise TypeError(f"labels of {wrong[0]} must be a tensor of class indices, int64")
         losses = {}
         total = torch.zeros((), device=next(iter(logits.values())).device)
         for i, (name, weight) in enumerate(self.weights.items()):

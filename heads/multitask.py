@@ -57,6 +57,7 @@ class MultiTaskModel(nn.Module):
         tokenizer: needed by `predict` only; saved with the rest.
 
     Raises:
+        TypeError: the encoder is a SentenceEncoder.
         ValueError: a name that cannot be one, a head that is no Module or of another width than the
             encoder's, labels of a task without a head, a wrong number of labels.
     """
@@ -70,6 +71,8 @@ class MultiTaskModel(nn.Module):
         tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(encoder, SentenceEncoder):
+            raise TypeError("encoder is a SentenceEncoder, give the BertModel in it: its .model")
         labels = labels or {}
         if unknown := sorted(labels.keys() - heads.keys()):
             raise ValueError(f"labels are given for {unknown[0]!r}, the heads are: {', '.join(heads)}")

@@ -35,7 +35,7 @@ class RunDirectory:
     """Reads and writes the files of one run. Nothing is ever seen half-written, whenever the process dies.
 
     Raises:
-        CheckpointError: from every method, if a file cannot be written or read.
+        CheckpointError: a file cannot be written, or is not what `save` wrote.
     """
 
     def __init__(self, path: str | Path) -> None:

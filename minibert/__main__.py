@@ -9,18 +9,22 @@ import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from minibert import parity
+from minibert.devices import find_device
+from minibert.encode_file import Shard, encode_file, merge, record_file, whole_or_gone
+from minibert.memory import is_out_of_memory
+from minibert.sentence_encoder import SentenceEncoder
+from minibert.text_lines import Lines, read_lines
 from weights import resolve
 from weights.catalog import CATALOG, find
 from weights.convert import convert
 from weights.hub import verify
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from minibert.sentence_encoder import SentenceEncoder
 
 DEFAULT_MODEL = "bert-base-uncased"
 SHOWN = 10  # sentences whose numbers and cosines are printed
@@ -50,8 +54,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"minibert: error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
-        from minibert.memory import is_out_of_memory
-
         if not is_out_of_memory(error):
             raise
         hint = ", try a smaller --batch-size" if "batch_size" in arguments else ""
@@ -104,9 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     encode.set_defaults(run=_encode)
 
-    merge = commands.add_parser("merge", help="join the shards of a .npy file, and check that all are there")
-    merge.add_argument("output", type=Path, metavar="FILE.npy", help="as it was given to `encode -o`")
-    merge.set_defaults(run=_merge)
+    joining = commands.add_parser("merge", help="join the shards of a .npy file, and check that all are there")
+    joining.add_argument("output", type=Path, metavar="FILE.npy", help="as it was given to `encode -o`")
+    joining.set_defaults(run=_merge)
 
     fetch = commands.add_parser("fetch", help="download a model once, or say where it lies")
     fetch.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help=model_help)
@@ -118,9 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     conversion.add_argument("directory", type=Path, metavar="NEW_DIRECTORY", help="where to write the result")
     conversion.set_defaults(run=_convert)
 
-    parity = commands.add_parser("parity", help="compare with transformers, bit by bit (needs transformers)")
-    parity.add_argument("--model", default=DEFAULT_MODEL, metavar="MODEL", help=model_help)
-    parity.set_defaults(run=_parity)
+    checking = commands.add_parser("parity", help="compare with transformers, bit by bit (needs transformers)")
+    checking.add_argument("--model", default=DEFAULT_MODEL, metavar="MODEL", help=model_help)
+    checking.set_defaults(run=_parity)
     return parser
 
 
@@ -133,6 +135,9 @@ def _encode(arguments: argparse.Namespace) -> int:
         return _encode_file(arguments, file, output)
     if arguments.resume or arguments.shard:
         raise ValueError("--resume and --shard need a text file and -o FILE.npy")
+    words = " ".join(arguments.sentences).split()
+    if output is not None and file is None and len(words) == 1 and words != ["-"]:
+        warnings.warn(f"there is no file {words[0]}: it is encoded as a sentence", stacklevel=1)
     sentences = list(_sentences(arguments.sentences, file))
     embeddings = _load(arguments).encode(sentences, arguments.batch_size, arguments.normalize)
     if output is not None:
@@ -144,11 +149,6 @@ def _encode(arguments: argparse.Namespace) -> int:
 
 
 def _encode_file(arguments: argparse.Namespace, file: Path, output: Path) -> int:
-    import numpy as np
-
-    from minibert.encode_file import Shard, encode_file
-    from minibert.text_lines import Lines
-
     shard = Shard.parse(arguments.shard) if arguments.shard else Shard.from_torchrun()
     written = encode_file(
         _load(arguments),
@@ -169,19 +169,12 @@ def _encode_file(arguments: argparse.Namespace, file: Path, output: Path) -> int
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from minibert.encode_file import merge
-
     count = merge(arguments.output)
     print(f"wrote {arguments.output} from {count} shards, which can be removed")
     return 0
 
 
 def _load(arguments: argparse.Namespace) -> SentenceEncoder:
-    import torch
-
-    from minibert.devices import find_device
-    from minibert.sentence_encoder import SentenceEncoder
-
     device = find_device(arguments.device)
     encoder = SentenceEncoder.from_pretrained(
         arguments.model, dtype=getattr(torch, arguments.dtype) if arguments.dtype else None
@@ -215,8 +208,6 @@ def _looks_like_a_file(name: str) -> bool:
 
 
 def _sentences(given: list[str], file: Path | None) -> Iterable[str]:
-    from minibert.text_lines import read_lines
-
     if file is not None:
         with file.open("rb") as stream:
             yield from read_lines(str(file), stream)
@@ -250,11 +241,6 @@ def _print_written(output: Path, embeddings: NDArray[np.float32]) -> None:
 
 def _write_embeddings(output: Path, embeddings: NDArray[np.float32]) -> None:
     """Under a temporary name first, so that no half-written file can be taken for a whole one."""
-    import numpy as np
-    from safetensors.numpy import save
-
-    from minibert.encode_file import record_file, whole_or_gone
-
     temporary = output.with_name(f".{output.name}.{os.getpid()}{output.suffix}")
     with whole_or_gone(temporary, output):
         if output.suffix == ".npy":
@@ -285,9 +271,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _parity(arguments: argparse.Namespace) -> int:
-    from minibert.parity import run
-
-    return run(arguments.model)
+    return parity.run(arguments.model)
 
 
 if __name__ == "__main__":

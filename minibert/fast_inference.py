@@ -37,7 +37,7 @@ class FastModel:
 
     def __init__(self, model: BertModel, dtype: torch.dtype | None = None, layers: int | None = None) -> None:
         keep_freed_memory()
-        self.config, self.device, self.dtype = model.config, model.device, model.dtype
+        self.config, self.device = model.config, model.device
         self.embeddings: Callable[..., Tensor] = FusedEmbeddings(model.embeddings)
         self.layers: list[Callable[..., tuple[Tensor, Tensor | None]]] = []
         for layer in list(model.layers)[:layers]:

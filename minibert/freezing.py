@@ -95,15 +95,11 @@ class FreezePlan:
                 raise ValueError(f"no freezing strategy {term!r} (in {self.spec!r}): {options}")
         if len(terms) > 1 and not self._is_only() and (alone := {"none", "all"} & set(terms)):
             raise ValueError(f"{alone.pop()!r} stands alone, it cannot be combined as in {self.spec!r}")
-        for name, lowest, highest in (
-            ("lr", 0.0, math.inf),
-            ("head_lr", 0.0, math.inf),
-            ("weight_decay", 0.0, math.inf),
-            ("layer_lr_decay", 0.0, 1.0),
-        ):
-            rate = getattr(self, name)
-            if not lowest <= rate <= highest or math.isinf(rate):
-                raise ValueError(f"{name} is {rate}, it must be a number from {lowest:g} to {highest:g}")
+        for name in ("lr", "head_lr", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be a number from 0 up")
+        if not 0 <= self.layer_lr_decay <= 1:
+            raise ValueError(f"layer_lr_decay is {self.layer_lr_decay}, it must be a number from 0 to 1")
 
     @classmethod
     def parse(cls, spec: str, **rates: float) -> Self:
@@ -133,7 +129,8 @@ class FreezePlan:
         """
         trained = self.trained(model, epoch)
         mode = isinstance(model, nn.Module) and model.training
-        for name, group in named_groups(model).items():
+        groups = named_groups(model).items()
+        for name, group in sorted(groups, key=lambda item: item[0] in trained):  # trained ones last
             group.requires_grad_(name in trained)
             group.train(mode and name in trained)
             if name not in trained:

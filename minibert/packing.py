@@ -162,7 +162,7 @@ class PaddedBatch:
         return hidden.flatten(0, 1).index_select(0, self.cells)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """(tokens, H) -> (B, T, H), zero where the mask is."""
+        """(tokens, H) -> (B, T, H), zero where the mask is 0."""
         empty = packed.new_zeros(self.mask.numel(), packed.shape[1])  # (B * T, H)
         return empty.index_copy_(0, self.cells, packed).view(*self.mask.shape, packed.shape[1])
 

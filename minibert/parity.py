@@ -27,8 +27,6 @@ class Difference:
     index: tuple[int, ...]
 
     def __str__(self) -> str:
-        if self.ulps == 0:
-            return f"{self.piece}: equal"
         return f"{self.piece}: differs by up to {self.largest:.3g} ({self.ulps} ulp) at {list(self.index)}"
 
 

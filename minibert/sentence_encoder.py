@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -258,22 +257,22 @@ class SentenceEncoder(nn.Module):
             for batch, vectors in results:
                 if embeddings is None:
                     with torch.inference_mode(False):  # what is given back can be trained on
-                        embeddings = self._empty(len(ids), vectors).zero_()  # a text without token stays zero
+                        embeddings = self._zeros(len(ids), vectors)  # a text without token stays zero
                 embeddings.index_copy_(0, send(np.array(batch), device), vectors.to(embeddings.dtype))
                 progress(len(batch))
-        return self._empty(len(ids)).zero_() if embeddings is None else embeddings
+        return self._zeros(len(ids)) if embeddings is None else embeddings
 
     def _fast_copy(self) -> FastModel | None:
         """None if something is not as we made it: then `forward` is called."""
         if not self._is_ours() or (fast := fast_copy(self.model, self.dtype)) is None:
             return None
-        if self.dtype and torch.promote_types(self.dtype, fast.dtype) != fast.dtype:
+        stored, head_size = self.model.dtype, fast.config.head_size
+        if self.dtype and torch.promote_types(self.dtype, stored) != stored:
             raise ValueError(
-                f"dtype is {self.dtype} and the model {fast.dtype}, which cannot hold it: leave it out, "
+                f"dtype is {self.dtype} and the model {stored}, which cannot hold it: leave it out, "
                 "or load the model in that dtype"
             )
-        head_size = fast.config.head_size
-        if self.compiled and not has_varlen(fast.device, self.dtype or fast.dtype, head_size):
+        if self.compiled and not has_varlen(fast.device, self.dtype or stored, head_size):
             raise ValueError(
                 "compile=True needs a GPU (Ampere or newer), dtype=torch.bfloat16, torch 2.11 and a head size "
                 f"that is a multiple of 8 up to 256 (it is {head_size}): leave it out"
@@ -303,7 +302,7 @@ class SentenceEncoder(nn.Module):
 
     def _join(self, blocks: list[Tensor]) -> Tensor:
         """(n, H) of all; takes them off the list one by one, so that each is freed once it is copied."""
-        embeddings = self._empty(sum(map(len, blocks)), *blocks[:1])
+        embeddings = self._zeros(sum(map(len, blocks)), *blocks[:1])
         row = 0
         while blocks:
             block = blocks.pop(0)
@@ -311,12 +310,12 @@ class SentenceEncoder(nn.Module):
             row += len(block)
         return embeddings
 
-    def _empty(self, rows: int, like: Tensor | None = None) -> Tensor:
-        """For `rows` vectors like these, or as the model's states are."""
+    def _zeros(self, rows: int, like: Tensor | None = None) -> Tensor:
+        """(rows, H), float32 or wider; as wide as `like` or, if that is None, as the model's states."""
         dtype = self.model.dtype if like is None else like.dtype
         width = self.model.config.hidden_size if like is None else like.shape[1]
         wide = torch.promote_types(dtype, torch.float32)
-        return torch.empty(rows, width, dtype=wide, device=self.model.device)
+        return torch.zeros(rows, width, dtype=wide, device=self.model.device)
 
     def save_pretrained(
         self, directory: str | Path, other_files: Mapping[str, bytes | Mapping[str, Tensor]] | None = None
@@ -373,13 +372,13 @@ def _divide_by_length(embeddings: Tensor) -> Tensor:
 def _one_ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
     """What the calls give. Each is made in a thread while what the one before it gave is in use."""
     with ThreadPoolExecutor(1) as thread:
-        waiting: deque[Future[T]] = deque()
+        ahead: Future[T] | None = None
         for call in calls:
-            waiting.append(thread.submit(call))
-            if len(waiting) > 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            made, ahead = ahead, thread.submit(call)
+            if made is not None:
+                yield made.result()
+        if ahead is not None:
+            yield ahead.result()
 
 
 def _read_block(texts: Iterator[str]) -> list[str]:

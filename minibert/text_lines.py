@@ -21,7 +21,7 @@ def read_lines(name: str, stream: Iterable[bytes]) -> Iterator[str]:
     """One sentence a line; an empty line is an empty sentence, so that row i is always line i.
 
     Raises:
-        ValueError: not UTF-8 (says where), or not a single line.
+        ValueError: not UTF-8 (says where), or empty.
     """
     line = None
     for line in decoded(name, stream):

@@ -189,7 +189,7 @@ class Tokenizer:
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Rows of unequal length -> (B, T) int64, filled up with `value` on the right."""
     longest = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.int64)
 
 
 def as_list(texts: str | Iterable[str]) -> list[str]:

@@ -491,6 +491,10 @@ def test_convert_refuses_what_is_not_tensors(copy: Path, tmp_path: Path) -> None
     torch.save({"a": Path("x")}, copy / "pytorch_model.bin")  # would run code when unpickled
     with pytest.raises(CheckpointError, match="cannot be read as tensors"):
         convert(copy, tmp_path / "out")
+    torch.save({"a": torch.ones(1)}, copy / "pytorch_model.bin")
+    (copy / "config.json").write_text('{"model_type": "roberta"}')
+    with pytest.raises(CheckpointError, match="roberta"):
+        convert(copy, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -75,6 +75,15 @@ def test_row_i_is_line_i_even_if_empty(tmp_path: Path, monkeypatch: pytest.Monke
     assert np.load(tmp_path / "out.npy").shape == (3, 384)
 
 
+@pytest.mark.filterwarnings("default:there is no file")
+def test_a_word_with_an_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = str(tmp_path / "out.npy")
+    assert main(["encode", *MODEL, "texts/mine", "-o", output]) == 0
+    assert "warning: there is no file texts/mine: it is encoded as a sentence" in capsys.readouterr().err
+    assert main(["encode", *MODEL, "two words", "-o", output]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_normalize_and_batch_size(expected: np.ndarray, tmp_path: Path) -> None:
     output = str(tmp_path / "out.npy")
     assert main(["encode", *MODEL, *SENTENCES, "-o", output, "--no-normalize", "--batch-size", "1"]) == 0
@@ -181,7 +190,7 @@ def test_a_full_disk_is_one_sentence(
 
     monkeypatch.setattr(np, "save", full)
     monkeypatch.setattr(Path, "write_bytes", full)
-    assert main(["encode", *MODEL, "a", "-o", str(tmp_path / name)]) == 2
+    assert main(["encode", *MODEL, "a sentence", "-o", str(tmp_path / name)]) == 2
     error = capsys.readouterr().err
     assert error == f"minibert: error: {tmp_path / name} cannot be written: No space left on device\n"
     assert list(tmp_path.iterdir()) == []

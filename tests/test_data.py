@@ -120,7 +120,7 @@ def test_labels_of_json_can_be_numbers(tmp_path: Path) -> None:
         ("a.jsonl", "{", "{}, line 1: not a JSON object of plain values"),
         ("a.jsonl", "[" * 100_000, "{}, line 1: not a JSON object of plain values"),
         ("a.jsonl", '{"text": "a", "kind": "x"}', "{} has no column 'feeling' for mood, it has: kind, text"),
-        ("a.jsonl", "[1]", "{}, line 1: not a JSON object of plain values"),
+        ("a.jsonl", "[1]", "{}, line 1: not a JSON object of plain values (it is a list)"),
         (
             "a.jsonl",
             '{"text": ["x"], "kind": 1}',
@@ -145,6 +145,15 @@ def test_bad_files(tmp_path: Path, name: str, content: str | bytes, message: str
         read_examples(path, "text", TASKS, split="split")
     assert message.format(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_quotes_are_part_of_a_tsv(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tsv", 'text\tkind\nplain\tx\n"He said ""no"""\tx\n')
+    with pytest.warns(UserWarning, match=r"a\.tsv, line 3: the quotes around the text belong to it"):
+        examples = read_examples(path, "text", {"type": "kind"})
+    assert examples[1].text == '"He said ""no"""'
+    csv = write(tmp_path / "a.csv", 'text,kind\n"He said ""no""",x\n"""No""",x\n')
+    assert [e.text for e in read_examples(csv, "text", {"type": "kind"})] == ['He said "no"', '"No"']
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
@@ -181,7 +190,7 @@ def test_stratified_split() -> None:
     assert [e.text for e in held if e.text != "rare"] == sorted((e.text for e in held), key=int)
     assert stratified_split(examples, 0.2, seed=3) == (rest, held)
     assert stratified_split(examples, 0.2, seed=4) != (rest, held)
-    with pytest.raises(DataError, match="2 examples are too few to hold 10% out"):
+    with pytest.raises(DataError, match="none of 2 examples can be held out, 2 of 2 labels come only once"):
         stratified_split(examples[:2], 0.1, seed=0)
 
 

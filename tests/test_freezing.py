@@ -210,6 +210,9 @@ def test_a_head_under_two_names_is_trained_once(model: MultiTaskModel) -> None:
     twice = MultiTaskModel(model.encoder, {"type": head, "sentiment": head})
     chosen = [p for group in FreezePlan("backbone").optimizer_groups(twice) for p in group["params"]]
     assert sorted(map(id, chosen)) == sorted(map(id, head.parameters()))
+    for frozen in ("type", "sentiment"):  # under one of its names it is trained
+        FreezePlan(f"head:{frozen}").apply(twice)
+        assert all(parameter.requires_grad for parameter in head.parameters())
 
 
 def test_a_scheduler_goes_on_until_something_is_thawed(model: MultiTaskModel) -> None:

@@ -37,6 +37,8 @@ STATE = (
 
 Main = Callable[..., Path]
 
+pytestmark = pytest.mark.filterwarnings("default:--freeze .* leaves the new head")
+
 
 @pytest.fixture
 def main(small: Path, tmp_path: Path) -> Main:
@@ -219,6 +221,17 @@ def test_a_task_without_validation_labels(
     assert train.main(f"{command} --epochs 1 --freeze backbone --output {tmp_path / 'run'}".split()) == 0
     warning = "no validation sentence has a label for mood: best/ is chosen without it"
     assert f"train.py: warning: {warning}" in capsys.readouterr().err
+
+
+def test_a_new_head_that_is_frozen(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = main("first", "--freeze head:sentiment --epochs 1")
+    assert (
+        "train.py: warning: --freeze head:sentiment leaves the new head sentiment random"
+        in capsys.readouterr().err
+    )
+    main("second", f"--freeze head:sentiment --epochs 1 --model {run / 'best'}")
+    main("third", "--freeze gradual --epochs 1")
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_eval_only(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -871,7 +884,7 @@ def test_two_processes_train_as_one(no_dropout: Path, tmp_path: Path, freeze: st
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("sentences: 64 train") == 1
-    assert "train.py" not in result.stderr
+    assert "train.py" not in result.stderr.replace("train.py: warning: --freeze", "")
     one, two = steps(tmp_path / "one"), steps(tmp_path / "two")
     assert len(one) == (0 if freeze == "all" else 16)
     for x, y in zip(one, two, strict=True):

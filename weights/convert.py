@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from weights.hub import OPTIONAL_FILES, TOKENIZER_FILES, resolve
-from weights.json_files import CheckpointError
+from weights.json_files import CheckpointError, read_config
 from weights.key_maps import is_ignored
 from weights.safetensors_files import PICKLES, SINGLE, no_weights, write_directory
 
@@ -24,9 +24,11 @@ def convert(name_or_path: str | Path, directory: str | Path) -> None:
 
     Raises:
         ModelNotFoundError: no such model on disk or on the hub.
-        CheckpointError: there is no pytorch_model.bin, it is damaged, or it holds more than tensors.
+        CheckpointError: no BERT or DistilBERT; there is no pytorch_model.bin, it is damaged, or it holds
+            more than tensors.
     """
     source = resolve(name_or_path)
+    read_config(source)  # what could not be loaded afterwards is not converted
     path = source / PICKLES[0]
     if not path.is_file():
         raise CheckpointError(f"{source} has no {path.name} to convert")

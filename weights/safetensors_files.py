@@ -170,8 +170,9 @@ def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Te
             if not exists:
                 fresh.rename(directory)
                 return
-            for name in files:
-                (directory / name).parent.mkdir(exist_ok=True)
+            for name, content in files.items():
+                if content is not None:
+                    (directory / name).parent.mkdir(exist_ok=True)
             for name, content in files.items():
                 if content is None:
                     (directory / name).unlink(missing_ok=True)
