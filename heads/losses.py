@@ -68,6 +68,10 @@ class MultiTaskLoss(nn.Module):
         integers = (torch.int64, torch.uint8)  # that cross_entropy takes
         if wrong := [name for name in self.weights if getattr(labels[name], "dtype", None) not in integers]:
             raise TypeError(f"labels of {wrong[0]} must be a tensor of class indices, int64")
+        for name in self.weights:
+            ours, theirs = tuple(labels[name].shape), tuple(logits[name].shape)
+            if len(theirs) != 2 or ours != theirs[:1]:
+                raise ValueError(f"{name}: labels {ours} and logits {theirs} must be (B,) and (B, classes)")
         losses = {}
         total = torch.zeros((), device=next(iter(logits.values())).device)
         for i, (name, weight) in enumerate(self.weights.items()):

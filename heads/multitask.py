@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from heads.mlp import MLPHead
 from minibert import BertModel, SentenceEncoder, Tokenizer, mean_pooling
 from minibert.freezing import keep_frozen_in_eval
 from minibert.model import unwrapped
+from minibert.outputs import as_tree
 from minibert.sentence_encoder import evaluating
 from weights import CheckpointError, resolve
 from weights.hub import TOKENIZER_FILES
@@ -27,6 +28,7 @@ TENSORS = "heads.safetensors"
 CONVERSIONS = ("type", "half", "float", "double", "bfloat16")
 
 
+@as_tree
 @dataclass(frozen=True)
 class MultiTaskOutput:
     """`logits[name]` (B, classes) for every head; `embeddings` (B, H), mean-pooled."""
@@ -80,7 +82,7 @@ class MultiTaskModel(nn.Module):
             _check_head(name, head, encoder.config.hidden_size, labels.get(name))
         self.encoder = encoder
         self.heads = Heads(heads)
-        numbers = {n: map(str, range(h.out.out_features)) for n, h in heads.items() if isinstance(h, MLPHead)}
+        numbers = {n: map(str, range(h.out.out_features)) for n, h in heads.items() if _is_plain(h)}
         self.labels = {name: tuple(names) for name, names in {**numbers, **labels}.items()}
         self.tokenizer = tokenizer
 
@@ -153,7 +155,7 @@ class MultiTaskModel(nn.Module):
         for name, head in self.heads.items():
             _check_head(name, head, self.encoder.config.hidden_size, self.labels.get(name))
             settings[name] = {"labels": list(self.labels[name])} if name in self.labels else {}
-            if isinstance(head, MLPHead):
+            if _is_plain(head):
                 sizes = {"hidden": head.hidden.in_features, "width": head.hidden.out_features}
                 settings[name] |= sizes | {"classes": head.out.out_features}
         files: dict[str, Any] = {SETTINGS: to_json({"heads": settings}), TENSORS: self.heads.state_dict()}
@@ -176,7 +178,7 @@ class MultiTaskModel(nn.Module):
 
         Args:
             name_or_path: that directory.
-            heads: modules for heads that are not `MLPHead`s; their weights come from the file.
+            heads: modules for heads that are not `MLPHead`s as built; their weights come from the file.
             attention: the encoder's, as in `BertModel.from_pretrained`.
             dtype: of all, as there; as stored if None.
 
@@ -197,6 +199,7 @@ class MultiTaskModel(nn.Module):
         if not isinstance(settings, dict):
             raise CheckpointError(f"{directory / SETTINGS} has no `heads`: save_pretrained did not write it")
         has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
+        encoder = BertModel.from_pretrained(directory, attention=attention, dtype=dtype)
         given = dict(heads or {})
         if unknown := sorted(given.keys() - settings.keys()):
             raise ValueError(f"{directory} has no head {unknown[0]!r}, it has: {', '.join(settings)}")
@@ -206,7 +209,7 @@ class MultiTaskModel(nn.Module):
                 for name, sizes in settings.items()
             }
             model = cls(
-                BertModel.from_pretrained(directory, attention=attention, dtype=dtype),
+                encoder,
                 built,
                 labels={name: sizes["labels"] for name, sizes in settings.items() if "labels" in sizes},
                 tokenizer=Tokenizer.from_pretrained(directory) if has_tokenizer else None,
@@ -241,13 +244,20 @@ def _check_head(name: str, head: nn.Module, hidden_size: int, labels: Sequence[s
         or len(set(labels)) < len(labels)
     ):
         raise ValueError(f"the labels of {name} are {labels!r}, they must be a list of different strings")
-    if isinstance(head, MLPHead):
+    if _is_plain(head):
         if head.hidden.in_features != hidden_size:
             raise ValueError(
                 f"head {name} takes {head.hidden.in_features} numbers, the encoder gives {hidden_size}"
             )
         if labels is not None and len(labels) != head.out.out_features:
             raise ValueError(f"head {name} has {head.out.out_features} classes but {len(labels)} labels")
+
+
+def _is_plain(head: nn.Module) -> TypeGuard[MLPHead]:
+    """Whether three numbers say what it is."""
+    if type(head) is not MLPHead:
+        return False
+    return all(type(part) is nn.Linear and part.bias is not None for part in (head.hidden, head.out))
 
 
 def _build_head(name: str, sizes: Any) -> MLPHead:

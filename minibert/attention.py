@@ -48,7 +48,8 @@ def expand_mask(attention_mask: Tensor | None) -> Tensor | None:
 
     `[b, 0, i, j]` says whether token i may look at token j; it is the same for every i.
     """
-    if attention_mask is None or attention_mask.all():
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # a trace serves other masks
+    if attention_mask is None or (attention_mask.all() and not tracing):
         return None
     batch, length = attention_mask.shape
     return attention_mask.bool()[:, None, None, :].expand(batch, 1, length, length)

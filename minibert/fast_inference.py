@@ -5,6 +5,7 @@ and the weights of its LayerNorms; its Linears hold theirs in the layout that on
 key and value as one product and GELU inside the up-projection. docs/performance.md has the measurements.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -134,9 +135,14 @@ def run_texts(
     """
     device = fast.device
     order = sorted((i for i, row in enumerate(ids) if row), key=lambda i: -len(ids[i]))
-    for batch in in_batches(order, ids, batch_size, token_budget(fast.config, device)):
+    batches = list(in_batches(order, ids, batch_size, token_budget(fast.config, device)))
+    for batch in batches:  # which may grow
         packed = PackedBatch.from_rows([ids[i] for i in batch], fast.config, device)
-        yield batch, packed.packing, run(fast, packed, compiled=compiled)
+        hidden = run(fast, packed, compiled=compiled)  # (tokens, H)
+        if len(batch) > 1 and hidden.is_cpu and not math.isfinite(hidden.sum()):
+            batches += [[i] for i in batch]  # one text's NaN may have reached the text before it: each alone
+        else:
+            yield batch, packed.packing, hidden
 
 
 def token_budget(config: BertConfig, device: torch.device) -> int:

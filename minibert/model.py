@@ -14,11 +14,13 @@ from minibert.config import BertConfig
 from minibert.embeddings import Embeddings
 from minibert.inputs import check_inputs
 from minibert.layers import EncoderLayer, Pooler
+from minibert.outputs import as_tree
 from minibert.packing import PaddedBatch
 from weights import load_checkpoint, resolve, save_checkpoint
 from weights.checkpoint import FLOATS
 
 
+@as_tree
 @dataclass(frozen=True)
 class BertModelOutput:
     """What the encoder computes.

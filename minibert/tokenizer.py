@@ -199,7 +199,8 @@ def as_list(texts: str | Iterable[str]) -> list[str]:
 
 def as_iterable(texts: str | Iterable[str]) -> Iterable[str]:
     """One text -> a list of it; several as they are. Raises TypeError for what is neither."""
-    if isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable):
+    not_a_row = getattr(texts, "ndim", 1) != 1  # a table would give the names of its columns
+    if isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable) or not_a_row:
         raise TypeError(f"the texts are {type(texts).__name__}, they must be a string or several")
     return [texts] if isinstance(texts, str) else texts
 

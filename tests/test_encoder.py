@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-from minibert import BertConfig, BertModel, cls_pooling, mean_pooling
+from minibert import BertConfig, BertModel, BertModelOutput, cls_pooling, mean_pooling
 from minibert.attention import expand_mask, sdpa_attention
 from minibert.config import HIDDEN_ACTS
 from minibert.layers import ACTIVATIONS, EncoderLayer
@@ -102,6 +103,34 @@ def test_outputs_asked_for_and_not(model: BertModel) -> None:
     full = model(random_ids(3, 13), output_hidden_states=True)
     assert [h.shape for h in full.hidden_states] == [(3, 13, 36)] * 3
     assert full.hidden_states[-1] is full.last_hidden_state
+
+
+def test_torch_sees_what_is_in_an_output(model: BertModel) -> None:
+    ids = random_ids(3, 7)
+    leaves = tree_leaves(model(ids, output_hidden_states=True))
+    assert sum(isinstance(leaf, Tensor) for leaf in leaves) == 2 + len(model.layers) + 1
+    doubled = tree_map(lambda leaf: leaf if leaf is None else 2 * leaf, model(ids))
+    assert torch.equal(doubled.last_hidden_state, 2 * model(ids).last_hidden_state)
+
+
+class LastHiddenState(nn.Module):
+    """What torch.jit.trace can give back."""
+
+    def __init__(self, model: BertModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        output: BertModelOutput = self.model(input_ids, attention_mask)
+        return output.last_hidden_state
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_serves_other_masks(model: BertModel) -> None:
+    ids, mask, whole = random_ids(3, 7), torch.ones(3, 7, dtype=torch.int64), LastHiddenState(model)
+    traced = torch.jit.trace(whole, (ids, mask))  # type: ignore[no-untyped-call]
+    mask[0, 4:] = 0
+    torch.testing.assert_close(traced(ids, mask), whole(ids, mask))
 
 
 def test_attention_maps_are_distributions_over_the_tokens() -> None:

@@ -4,7 +4,7 @@ import json
 import math
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -191,6 +191,37 @@ def test_a_compiled_encoder_has_groups(small: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     again = MultiTaskModel.from_pretrained(tmp_path / "saved")
     assert again.predict("x") == model.eval().predict("x")
+
+
+class Tanh(MLPHead):
+    """A head whose sizes do not say what it computes."""
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return cast(Tensor, self.out(self.hidden(embeddings).tanh()))
+
+
+@pytest.mark.parametrize("changed", ["class", "bias", "part"])
+def test_a_head_that_is_no_longer_an_mlphead(small: Path, tmp_path: Path, changed: str) -> None:
+    def head() -> MLPHead:
+        head = Tanh(36, 8, 3) if changed == "class" else MLPHead(36, 8, 3)
+        if changed == "bias":
+            head.out = nn.Linear(8, 3, bias=False)
+        if changed == "part":
+            head.hidden = nn.Sequential(nn.Linear(36, 8), nn.Identity())  # type: ignore[assignment]
+        return head
+
+    encoder, tokenizer = BertModel.from_pretrained(small), Tokenizer.from_pretrained(small)
+    model = MultiTaskModel(encoder, {"a": head()}, tokenizer=tokenizer).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"head a is not an MLPHead: pass it as from_pretrained"):
+        MultiTaskModel.from_pretrained(tmp_path)
+    assert MultiTaskModel.from_pretrained(tmp_path, heads={"a": head()}).predict("x") == model.predict("x")
+
+
+def test_an_attention_that_is_none_is_no_fault_of_the_files(small: Path, tmp_path: Path) -> None:
+    build(small).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^attention is 'flash'"):
+        MultiTaskModel.from_pretrained(tmp_path, attention="flash")
 
 
 def test_a_head_of_ones_own(small: Path, tmp_path: Path) -> None:
@@ -382,6 +413,8 @@ def test_labels_that_are_none() -> None:
     with pytest.raises(TypeError, match="labels of b must be a tensor of class indices, int64"):
         MultiTaskLoss(["a", "b"])(logits, {**labels, "b": labels["b"].int()})
     classes = logits["a"].shape[1]
+    with pytest.raises(ValueError, match=rf"a: labels \(13, 1\) and logits \(13, {classes}\) must be \(B,\)"):
+        MultiTaskLoss(["a", "b"])(logits, {**labels, "a": labels["a"][:, None]})
     labels["a"][3] = classes
     with pytest.raises(ValueError, match=f"labels of a: one is neither from 0 to {classes - 1} nor MISSING"):
         MultiTaskLoss(["a", "b"])(logits, labels)

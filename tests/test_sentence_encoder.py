@@ -238,6 +238,8 @@ def test_an_unusual_normalizer_survives_saving(minilm: Path, tmp_path: Path) -> 
     [
         ({"sentences": ["a", 3]}, TypeError, "text 1 is int (3), it must be a string"),
         ({"sentences": 3}, TypeError, "the texts are int, they must be a string or several"),
+        ({"sentences": np.array([["a", "b"]])}, TypeError, "the texts are ndarray, they must be a string or"),
+        ({"sentences": np.array("a")}, TypeError, "the texts are ndarray, they must be a string or several"),
         ({"sentences": b"abc"}, TypeError, "the texts are bytes"),
         ({"sentences": ["a", "\udc00"]}, ValueError, "text 1 is not valid Unicode"),
         ({"sentences": ["a"], "batch_size": 0}, ValueError, "batch_size is 0, it must be an integer from 1 up"),
