@@ -139,7 +139,7 @@ def run_texts(
     for batch in batches:  # which may grow
         packed = PackedBatch.from_rows([ids[i] for i in batch], fast.config, device)
         hidden = run(fast, packed, compiled=compiled)  # (tokens, H)
-        if len(batch) > 1 and hidden.is_cpu and not math.isfinite(hidden.sum()):
+        if len(batch) > 1 and hidden.is_cpu and not math.isfinite(hidden.sum(dtype=torch.float32)):
             batches += [[i] for i in batch]  # one text's NaN may have reached the text before it: each alone
         else:
             yield batch, packed.packing, hidden
