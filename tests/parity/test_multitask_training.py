@@ -14,6 +14,8 @@ from heads.data import SentenceDataset, epoch_batches, read_examples
 from minibert import Tokenizer
 from weights.key_maps import FAMILIES
 
+pytestmark = pytest.mark.filterwarnings("default:--freeze .* leaves the new head")
+
 TASKS = {"type": "type", "sentiment": "sentiment"}
 LABELS = {"type": ("0", "1", "2"), "sentiment": ("0", "1", "2", "3")}
 STRATEGIES = [
