@@ -467,9 +467,7 @@ def test_weights_that_are_not_finite_are_never_saved(
         "--freeze layers:1 --fast --bf16",
     ],
 )
-@pytest.mark.parametrize(
-    "stop", [8, pytest.param(1, marks=pytest.mark.slow), pytest.param(13, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("stop", [8, pytest.param(13, marks=pytest.mark.slow)])
 def test_resuming_is_exact(main: Main, monkeypatch: pytest.MonkeyPatch, options: str, stop: int) -> None:
     """Ctrl-C in a step: it is finished and saved; resumed, every file is as if nothing had happened."""
     whole = main("whole", options)
