@@ -227,10 +227,9 @@ def stratified_split(
                 rest.subtract(labels)
                 held.update(group)
     if not held:
-        labels = Counter(label for example in examples for label in example.labels.items())
-        once = list(labels.values()).count(1)
+        once = list(rest.values()).count(1)
         raise DataError(
-            f"none of {len(examples)} examples can be held out, {once} of {len(labels)} labels come only once: "
+            f"none of {len(examples)} examples can be held out, {once} of {len(rest)} labels come only once: "
             "give a validation file"
         )
     return (

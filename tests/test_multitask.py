@@ -145,10 +145,9 @@ def test_other_dtypes(small: Path, tmp_path: Path, dtype: torch.dtype) -> None:
         MultiTaskModel.from_pretrained(tmp_path, dtype=dtype),
     ):
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-        for ours, theirs in zip(model.predict(SENTENCES), whole.predict(SENTENCES), strict=True):
-            assert ours["type"]["label"] == theirs["type"]["label"]
-            # MKL's products of float64 depend on where in a mapped file a matrix begins
-            assert ours["type"]["probability"] == pytest.approx(theirs["type"]["probability"], rel=1e-12)
+        for parameter in model.parameters():  # MKL's float64 depends on where in a mapped file a matrix begins
+            parameter.data = parameter.data.clone()
+        assert model.predict(SENTENCES) == whole.predict(SENTENCES)
         for ours, theirs in zip(model.predict(SENTENCES), expected, strict=True):
             assert ours["type"]["probability"] == pytest.approx(theirs["type"]["probability"], abs=0.02)
 
