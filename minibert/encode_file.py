@@ -251,6 +251,9 @@ def _rows_done(part: Path, task: dict[str, Any], resume: bool) -> tuple[int, int
 def _check_whole(file: Path, task: dict[str, Any]) -> None:
     """Raises ValueError, saying what differs, unless record and array of `file` are those of `task`."""
     record = _read_record(file)
+    for key in ("text", "model"):
+        if record.get(key) != task[key]:
+            raise ValueError(f"{file} was made of another {key}: remove it, or give another name")
     changed = [f"{key} was {record.get(key)}, is {task[key]}" for key in task if record.get(key) != task[key]]
     if changed:
         raise ValueError(f"{file} was made otherwise: {'; '.join(changed)}: remove it, or give another name")

@@ -160,7 +160,7 @@ class Tokenizer:
         check_texts(texts, first)
         inputs: list[Any] = texts
         if pairs is not None:
-            check_texts(pairs)
+            check_texts(pairs, kind="text pair")
             if len(pairs) != len(texts):
                 raise ValueError(f"{len(texts)} texts but {len(pairs)} text_pairs: there must be as many")
             inputs = list(zip(texts, pairs, strict=True))
@@ -205,15 +205,15 @@ def as_iterable(texts: str | Iterable[str]) -> Iterable[str]:
     return [texts] if isinstance(texts, str) else texts
 
 
-def check_texts(texts: Sequence[object], first: int = 0) -> None:
+def check_texts(texts: Sequence[object], first: int = 0, kind: str = "text") -> None:
     """Raises TypeError or ValueError, naming the index (from `first`), unless all are valid Unicode text."""
     for index, text in enumerate(texts, start=first):
         if not isinstance(text, str):
-            raise TypeError(f"text {index} is {type(text).__name__} ({text!r:.60}), it must be a string")
+            raise TypeError(f"{kind} {index} is {type(text).__name__} ({text!r:.60}), it must be a string")
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"text {index} is not valid Unicode: character {error.start} is a lone surrogate "
+                f"{kind} {index} is not valid Unicode: character {error.start} is a lone surrogate "
                 f"({text[error.start]!a})"
             ) from error

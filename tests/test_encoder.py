@@ -125,7 +125,7 @@ class LastHiddenState(nn.Module):
         return output.last_hidden_state
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace")
 def test_a_trace_serves_other_masks(model: BertModel) -> None:
     ids, mask, whole = random_ids(3, 7), torch.ones(3, 7, dtype=torch.int64), LastHiddenState(model)
     traced = torch.jit.trace(whole, (ids, mask))  # type: ignore[no-untyped-call]

@@ -396,7 +396,7 @@ def test_windows_line_ends_in_a_vocabulary(minilm: Path, tmp_path: Path) -> None
         (["a", 3], None, {}, TypeError, "text 1 is int (3), it must be a string"),
         (["a", None], None, {}, TypeError, "text 1 is NoneType (None)"),
         ([b"bytes"], None, {}, TypeError, "text 0 is bytes"),
-        (["a"], [5], {}, TypeError, "text 0 is int"),
+        (["a"], [5], {}, TypeError, "text pair 0 is int"),
         (
             ["ok", "bad \ud800 one"],
             None,
