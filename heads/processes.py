@@ -40,7 +40,7 @@ class Processes:
             torch.cuda.set_device(self.device)
             torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every size of batch
         if self.count > 1 and not dist.is_initialized():
-            kind = "nccl" if self.device.type == "cuda" else "gloo"
+            kind = "nccl" if self.device.type == "cuda" and dist.is_nccl_available() else "gloo"
             dist.init_process_group(kind, timeout=LONGEST_WAIT)
 
     @property

@@ -294,10 +294,16 @@ def whole_or_gone(file: Path, name: Path | None = None) -> Iterator[None]:
 
 
 def _write(file: Path, row: int, block: NDArray[np.float32]) -> None:
-    """Rows of an array on the disk. It is mapped anew for each block: what was written needs no memory."""
-    array = np.lib.format.open_memmap(file, mode="r+")
-    array[row : row + len(block)] = block
-    array.flush()
+    """Rows of an array on the disk. (Where a map of it met a full disk, the process would be killed.)"""
+    first: int = np.load(file, mmap_mode="r").offset
+    try:
+        with file.open("r+b") as stream:
+            stream.seek(first + row * block[0].nbytes)
+            stream.write(np.ascontiguousarray(block).data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise OSError(f"{file} cannot be written: {error.strerror or error}") from error
 
 
 def _publish(part: Path, target: Path) -> None:

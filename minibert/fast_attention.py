@@ -15,7 +15,7 @@ from minibert.attention import AttentionFunction, eager_attention, sdpa_attentio
 from minibert.fast_dropout import fast_dropout
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
-HAS_VARLEN = TORCH >= (2, 11) and torch.version.hip is None
+HAS_VARLEN = torch.version.hip is None and torch.backends.cuda.is_flash_attention_available()
 # varlen_attn may split a text by the longest one beside it unless told not to; before 2.13 it never did.
 UNSPLIT: dict[str, Any] = {"num_splits": 1} if TORCH >= (2, 13) else {}
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -18,4 +18,4 @@ def keep_freed_memory() -> None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether this is what torch raises where there is no memory left, on a GPU or a CPU."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

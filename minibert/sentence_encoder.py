@@ -258,7 +258,7 @@ class SentenceEncoder(nn.Module):
                 if embeddings is None:
                     with torch.inference_mode(False):  # what is given back can be trained on
                         embeddings = self._zeros(len(ids), vectors)  # a text without token stays zero
-                embeddings.index_copy_(0, send(np.array(batch), device), vectors.to(embeddings.dtype))
+                embeddings.index_copy_(0, send(np.array(batch, np.int64), device), vectors.to(embeddings.dtype))
                 progress(len(batch))
         return self._zeros(len(ids)) if embeddings is None else embeddings
 

@@ -19,6 +19,7 @@ import torch
 from minibert import SentenceEncoder, sentence_encoder
 from minibert.__main__ import main
 from weights.json_files import read_json
+from weights.locks import alone
 
 LINES = [f"sentence {i} " + "is long " * (i * 7 % 5) for i in range(23)]
 
@@ -93,6 +94,34 @@ def test_a_stopped_run_goes_on_where_it_was(
     encoded.clear()
     assert encode(small, text, "--resume") == 0  # it is whole: nothing to do
     assert encoded == []
+
+
+def test_a_disk_that_is_full_in_the_middle(
+    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where there is no posix_fallocate, which takes all the room at first."""
+    room = [4, 4]
+
+    def fsync(_: int) -> None:
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        room.pop()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        assert encode(small, text) == 2
+    assert "out.npy.part cannot be written: No space left on device" in capsys.readouterr().err
+    assert read_json(text.with_name("out.npy.part.json"))["done"] == 8
+    assert encode(small, text, "--resume") == 0
+    assert_holds(text, small, LINES)
+
+
+def test_where_there_are_no_locks(small: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows a file that is open cannot be removed: there is to be none."""
+    monkeypatch.setattr("weights.locks.fcntl", None)
+    with alone(text):
+        assert not files(text)
+    assert encode(small, text) == 0
 
 
 @pytest.mark.filterwarnings("default:.* texts cut to")

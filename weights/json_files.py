@@ -18,7 +18,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
         CheckpointError: the file is missing, unreadable, not JSON, or JSON of another kind.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.parent} has no {path.name}") from error
     except OSError as error:

@@ -18,13 +18,15 @@ def alone(path: Path) -> Iterator[None]:
 
     (Not noticed on Windows, nor on file systems without locks.)
     """
+    if fcntl is None:
+        yield
+        return
     lock = Path(f"{path}.lock")
     with lock.open("w") as file:
         try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process is killed
-                if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                    raise BlockingIOError  # it was another's, who has removed it, and there is a new one
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process is killed
+            if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                raise BlockingIOError  # it was another's, who has removed it, and there is a new one
         except (BlockingIOError, FileNotFoundError):
             raise ValueError(f"{path} is being written by another process: wait for it or stop it") from None
         except OSError as error:

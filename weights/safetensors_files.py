@@ -8,8 +8,9 @@ Format: 8 bytes little-endian header length, a JSON header, then the raw tensors
 import ctypes
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -55,7 +56,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{index} has no weight_map: it does not say which shard holds what")
     shards = sorted(set(map(str, weight_map.values())))
     # a path that leads out of the directory is none that was published
-    missing = [s for s in shards if ".." in s or s.startswith("/") or not (index.parent / s).is_file()]
+    missing = [s for s in shards if ".." in s or Path(s).anchor or not (index.parent / s).is_file()]
     if missing:
         raise CheckpointError(f"{index} lists shards that are not there: {', '.join(missing)}")
     tensors: dict[str, Tensor] = {}
@@ -96,7 +97,7 @@ def release_memory(tensors: Iterable[Tensor]) -> None:
     if not maps.is_file():
         return
     mapped = []
-    for line in maps.read_text().splitlines():
+    for line in maps.read_text(errors="replace").splitlines():
         addresses, *_, last = line.split(maxsplit=5)
         if last.startswith("/"):  # a file; in the hub's cache its name is that of a blob
             mapped.append(tuple(int(address, 16) for address in addresses.split("-")))
@@ -162,8 +163,7 @@ def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Te
     try:
         place = directory if exists else directory.parent  # on the same file system in either case
         place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=place) as staging:
-            fresh = Path(staging) / "fresh"
+        with _staging(place) as fresh:
             for name, content in files.items():
                 if content is not None:
                     _write(fresh / name, content)
@@ -180,6 +180,19 @@ def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Te
                     (fresh / name).replace(directory / name)
     except (OSError, SafetensorError) as error:  # a full disk comes as the latter
         raise CheckpointError(f"{directory} cannot be written: {error}") from error
+
+
+@contextmanager
+def _staging(place: Path) -> Iterator[Path]:
+    """A new directory in `place`, gone in the end. (tempfile's could be read by its owner alone, on Windows
+    with all that is moved out of it.)
+    """
+    staging = place / f".saving-{os.urandom(4).hex()}"
+    staging.mkdir()
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write(path: Path, content: bytes | Mapping[str, Tensor]) -> None:
