@@ -121,7 +121,7 @@ def _trial(outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
         return row.bfloat16(), reordered, torch.zeros(outputs, dtype=torch.bfloat16)
 
 
-_SETTING: Any = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
+_SETTING: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 _NO_CHANGE = nullcontext()
 _lock = threading.RLock()
 _users = 0  # of the setting: threads may encode at the same time
@@ -192,7 +192,7 @@ def are_exact() -> bool:
     The first time it changes the setting for a moment.
     """
     # The same question that torch asks before it takes oneDNN: AVX-512, on x86.
-    if _SETTING is None or not packs_weights(torch.empty(0, dtype=torch.bfloat16, device="cpu")):
+    if not packs_weights(torch.empty(0, dtype=torch.bfloat16, device="cpu")):
         return False
     kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     numbers = 1 + torch.arange(64 * 64, **kind).view(1, 64, 64) * 2.0**-23  # all alike to bfloat16's 8 bits

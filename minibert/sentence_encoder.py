@@ -274,8 +274,8 @@ class SentenceEncoder(nn.Module):
             )
         if self.compiled and not has_varlen(fast.device, self.dtype or stored, head_size):
             raise ValueError(
-                "compile=True needs a GPU (Ampere or newer), dtype=torch.bfloat16, torch 2.11 and a head size "
-                f"that is a multiple of 8 up to 256 (it is {head_size}): leave it out"
+                "compile=True needs a GPU (Ampere or newer), flash attention in torch, dtype=torch.bfloat16 "
+                f"and a head size that is a multiple of 8 up to 256 (it is {head_size}): leave it out"
             )
         return fast
 

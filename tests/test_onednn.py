@@ -189,7 +189,6 @@ def test_the_default_device_does_not_decide_whether_products_are_exact() -> None
         assert are_exact.__wrapped__()
 
 
-@pytest.mark.skipif(onednn._SETTING is None, reason="this torch has no such setting")
 @pytest.mark.parametrize("rounded", [False, True])
 def test_rounding_to_bfloat16_is_noticed(monkeypatch: pytest.MonkeyPatch, rounded: bool) -> None:
     """As on a CPU with AMX, on any CPU; and that exact products are, on one with AMX, too."""
