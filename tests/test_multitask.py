@@ -105,6 +105,17 @@ def test_the_encoder_is_saved_as_published(small: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(embeddings), rtol=1e-5, atol=1e-6)
 
 
+def test_no_other_encoder_is_saved_under_the_heads(small: Path, tmp_path: Path) -> None:
+    model = build(small)
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    for encoder in (BertModel.from_pretrained(small), SentenceEncoder.from_pretrained(small)):
+        with pytest.raises(CheckpointError, match=r"holds heads\.json, .* give another directory"):
+            encoder.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    model.save_pretrained(tmp_path)
+
+
 def test_a_class_without_a_label_is_said(small: Path) -> None:
     encoder, tokenizer = BertModel.from_pretrained(small), Tokenizer.from_pretrained(small)
     head = nn.Linear(encoder.config.hidden_size, 3)

@@ -125,9 +125,13 @@ def save_checkpoint(
     of a model with that config.
 
     Raises:
-        CheckpointError: the directory cannot be written.
+        CheckpointError: the directory cannot be written, or heads in it would stand on another encoder.
         ValueError: the tensors are not those of such a model.
     """
+    if (Path(directory) / "heads.json").exists() and "heads.json" not in (other_files or {}):
+        raise CheckpointError(
+            f"{directory} holds heads.json, of heads on another encoder: give another directory"
+        )
     family = FAMILIES[config["model_type"]]
     published = {family.to_published(key): tensor for key, tensor in tensors.items()}
     layers = {key.split(".")[1] for key in tensors if key.startswith("layers.")}
