@@ -76,12 +76,10 @@ def measure(directory: Path, rounds: int) -> dict[str, dict[str, float]]:
     size = (directory / "model.safetensors").stat().st_size
     times: dict[str, list[float]] = {name: [] for name in CANDIDATES}
     peaks: dict[str, list[int]] = {name: [] for name in CANDIDATES}
-    for code in CANDIDATES.values():
-        run(code, directory)  # fills the disk cache
     for _ in range(rounds):
         for name, code in CANDIDATES.items():
+            peaks[name].append(peak_bytes(name, directory))  # first, since it fills the disk cache
             times[name].append(seconds(code, directory))
-            peaks[name].append(peak_bytes(name, directory))
     return {
         name: {
             "seconds": statistics.median(times[name]),

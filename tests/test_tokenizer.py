@@ -302,9 +302,10 @@ def test_batches_equal_autotokenizers(minilm: Path, max_length: int) -> None:
     ours = Tokenizer.from_pretrained(minilm)
     reference = AutoTokenizer.from_pretrained(minilm)
     rng = random.Random(1)
-    pairs = rng.sample(TEXTS, len(TEXTS))
-    for start in range(0, len(TEXTS), 37):
-        firsts, seconds = TEXTS[start : start + 37], pairs[start : start + 37]
+    texts = TEXTS if max_length > 5 else TEXTS[::5]  # cut to so little each leaves much over, which takes time
+    pairs = rng.sample(texts, len(texts))
+    for start in range(0, len(texts), 37):
+        firsts, seconds = texts[start : start + 37], pairs[start : start + 37]
         for arguments in ((firsts,), (firsts, seconds)):
             expected = reference(
                 *arguments, padding=True, truncation=True, max_length=max_length, return_tensors="pt"

@@ -861,9 +861,7 @@ def no_dropout(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "freeze", ["none", "backbone", "layers:0,head:type", "gradual,head:mood", "only:layers.1,heads.type", "all"]
-)
+@pytest.mark.parametrize("freeze", ["none", "backbone", "gradual,head:mood", "only:layers.1,heads.type", "all"])
 def test_two_processes_train_as_one(no_dropout: Path, tmp_path: Path, freeze: str) -> None:
     """Batches of 9 of 64 sentences, many of them without a label, one batch of a single sentence."""
     rows = [
