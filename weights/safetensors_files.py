@@ -7,12 +7,14 @@ Format: 8 bytes little-endian header length, a JSON header, then the raw tensors
 
 import ctypes
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,7 +23,10 @@ from weights.json_files import CheckpointError, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MADV_PAGEOUT = 21  # <linux/mman.h>; unlike MADV_DONTNEED it never loses what was written to a page
+MADV_DONTNEED = 4  # <linux/mman.h>; of a page that was written to it would lose that
+# A number for each page of this process; its three highest bits: in memory, swapped out, a file's (proc(5)).
+PAGEMAP = Path("/proc/self/pagemap")
+OF_A_FILE = (0b000, 0b001, 0b101)  # or not in memory at all
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "model.ckpt.index")
 
 
@@ -89,24 +94,25 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def release_memory(tensors: Iterable[Tensor]) -> None:
-    """Gives back the memory of tensors that are mapped from a file; what is used again is read again.
+    """Gives back the memory of tensors that are mapped from a file; what is used again is mapped again.
 
-    For weights of which another copy was made. On Linux; elsewhere, and for other tensors, nothing.
+    For weights of which another copy was made. On Linux; elsewhere, and for what was written to, nothing.
     """
-    maps = Path("/proc/self/maps")
-    if not maps.is_file():
+    try:
+        table = PAGEMAP.open("rb", buffering=0)
+    except OSError:
         return
-    mapped = []
-    for line in maps.read_text(errors="replace").splitlines():
-        addresses, *_, last = line.split(maxsplit=5)
-        if last.startswith("/"):  # a file; in the hub's cache its name is that of a blob
-            mapped.append(tuple(int(address, 16) for address in addresses.split("-")))
-    page, libc = os.sysconf("SC_PAGE_SIZE"), ctypes.CDLL(None)
-    for tensor in tensors:
-        start = -(-tensor.data_ptr() // page) * page
-        end = (tensor.data_ptr() + tensor.nbytes) // page * page
-        if any(low <= start < end <= high for low, high in mapped):
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
+    page, libc = mmap.PAGESIZE, ctypes.CDLL(None)
+    with table:
+        for tensor in tensors:
+            first, end = -(-tensor.data_ptr() // page), (tensor.data_ptr() + tensor.nbytes) // page
+            if tensor.is_cpu and first < end:
+                table.seek(8 * first)
+                bits = np.frombuffer(table.read(8 * (end - first)), np.uint64) >> np.uint64(61)
+                if np.isin(bits, OF_A_FILE).all():
+                    libc.madvise(
+                        ctypes.c_void_p(first * page), ctypes.c_size_t((end - first) * page), MADV_DONTNEED
+                    )
 
 
 def no_weights(path: Path) -> str | None:
