@@ -6,7 +6,7 @@
 Every measurement is a process of its own; the candidates take turns, and what is reported are
 medians of the ratios within a round. Peak memory is the process's own high-water mark (VmHWM, so
 Linux only), less that of `import torch` in the same round, over the size of the weights file;
-every weight has been read by then.
+every weight has been read once by then.
 """
 
 import argparse
@@ -46,7 +46,8 @@ CANDIDATES = {
     "transformers": TRANSFORMERS,
     "sentence-transformers": SENTENCE_TRANSFORMERS,
 }
-# Mapped weights that nobody has read take no memory. (Our `encode` has read and packed all but the embeddings.)
+# Mapped weights that nobody has read take no memory. Our `encode` has read and packed all but the embeddings
+# (and a pooler), and has given back the memory of the originals.
 UNREAD = {"minibert": "model.model.embeddings", "transformers": "model", "sentence-transformers": "model"}
 READ = "sum(float(p.sum()) for p in {}.parameters())"
 PRINT_PEAK = "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"

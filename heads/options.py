@@ -93,8 +93,9 @@ class Options:
             )
         if self.metric.rpartition(".")[2] not in ("loss", "accuracy", "macro_f1"):
             raise ValueError(f"--metric is {self.metric!r}, it must be [TASK.]loss, accuracy or macro_f1")
-        if self.output and Path(self.output).is_file():
-            raise ValueError(f"--output {self.output} is a file, it must be a directory")
+        for path in (Path(self.output), *Path(self.output).parents) if self.output else ():
+            if path.is_file():
+                raise ValueError(f"--output {self.output}: {path} is a file, it must be a directory")
         if self.eval_only and self.model == Options.model:
             raise ValueError("--eval-only needs --model DIR, such as best/ of a run")
         if self.train and not self.task:

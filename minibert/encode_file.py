@@ -136,6 +136,7 @@ def merge(output: Path) -> int:
     Raises:
         ValueError: a shard is missing or unfinished, damaged, or does not belong to the others; another
             process is at it.
+        OSError: a file cannot be read or written, or the disk has no room for the whole array.
     """
     if output.suffix != ".npy":
         raise ValueError(f"cannot merge {output}: give FILE.npy as `encode -o` was given it")
@@ -163,9 +164,13 @@ def merge(output: Path) -> int:
     part = Path(f"{output}.merging")
     with alone(part):
         _create(part, lines, width)
-        for shard in wanted:
-            _write(part, shard.rows(lines)[0], np.load(shards[shard], mmap_mode="r"))
-        _write_record(part, task | {"start": 0, "stop": lines, "done": lines, "cut": cut})
+        try:
+            for shard in wanted:
+                _write(part, shard.rows(lines)[0], np.load(shards[shard], mmap_mode="r"))
+            _write_record(part, task | {"start": 0, "stop": lines, "done": lines, "cut": cut})
+        except BaseException:
+            part.unlink()
+            raise
         _publish(part, output)
     return len(wanted)
 
@@ -295,10 +300,10 @@ def whole_or_gone(file: Path, name: Path | None = None) -> Iterator[None]:
 
 def _write(file: Path, row: int, block: NDArray[np.float32]) -> None:
     """Rows of an array on the disk. (Where a map of it met a full disk, the process would be killed.)"""
-    first: int = np.load(file, mmap_mode="r").offset
+    array = np.load(file, mmap_mode="r")
     try:
         with file.open("r+b") as stream:
-            stream.seek(first + row * block[0].nbytes)
+            stream.seek(array.offset + row * array.strides[0])
             stream.write(np.ascontiguousarray(block).data)
             stream.flush()
             os.fsync(stream.fileno())

@@ -180,7 +180,7 @@ class BertModel(nn.Module):
         `other_files` (name -> bytes, tensors for safetensors, or None to remove it) are written with them.
 
         Raises:
-            CheckpointError: the directory cannot be written.
+            CheckpointError: the directory cannot be written, or holds the heads of a MultiTaskModel.
             ValueError: parameters that a BERT with this `config` does not have, or has in another shape.
         """
         with torch.device("meta"), NoInitialisation():

@@ -114,6 +114,14 @@ def test_a_disk_that_is_full_in_the_middle(
     assert read_json(text.with_name("out.npy.part.json"))["done"] == 8
     assert encode(small, text, "--resume") == 0
     assert_holds(text, small, LINES)
+    for shard in ("1/2", "2/2"):
+        assert encode(small, text, "--shard", shard, output="all.npy") == 0
+    before = files(text)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        assert main(["merge", str(text.with_name("all.npy"))]) == 2
+    assert "all.npy.merging cannot be written: No space left on device" in capsys.readouterr().err
+    assert files(text) == before
 
 
 def test_where_there_are_no_locks(small: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

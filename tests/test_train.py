@@ -620,8 +620,8 @@ def test_a_run_is_not_overwritten(main: Main, tmp_path: Path, capsys: pytest.Cap
     assert "other holds a best already" in capsys.readouterr().err
     assert (tmp_path / "other" / "best" / "precious.txt").read_text() == "mine"
     (tmp_path / "file").touch()
-    main("file", "--epochs 1", status=2)
-    assert f"--output {tmp_path / 'file'} is a file, it must be a directory" in capsys.readouterr().err
+    main("file/run", "--epochs 1", status=2)
+    assert f"{tmp_path / 'file'} is a file, it must be a directory" in capsys.readouterr().err
 
 
 def test_the_next_free_directory(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,7 +130,7 @@ def save_checkpoint(
     """
     if (Path(directory) / "heads.json").exists() and "heads.json" not in (other_files or {}):
         raise CheckpointError(
-            f"{directory} holds heads.json, of heads on another encoder: give another directory"
+            f"{directory} holds heads.json, of heads on another encoder: give another directory, or remove it"
         )
     family = FAMILIES[config["model_type"]]
     published = {family.to_published(key): tensor for key, tensor in tensors.items()}

@@ -26,7 +26,7 @@ INDEX = "model.safetensors.index.json"
 MADV_DONTNEED = 4  # <linux/mman.h>; of a page that was written to it would lose that
 # A number for each page of this process; its three highest bits: in memory, swapped out, a file's (proc(5)).
 PAGEMAP = Path("/proc/self/pagemap")
-OF_A_FILE = (0b000, 0b001, 0b101)  # or not in memory at all
+OF_A_FILE = (0b000, 0b001, 0b101)  # never touched; not in memory; in memory
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "model.ckpt.index")
 
 
@@ -96,7 +96,8 @@ def read_file(path: Path) -> dict[str, Tensor]:
 def release_memory(tensors: Iterable[Tensor]) -> None:
     """Gives back the memory of tensors that are mapped from a file; what is used again is mapped again.
 
-    For weights of which another copy was made. On Linux; elsewhere, and for what was written to, nothing.
+    For weights of which another copy was made. On Linux; elsewhere, and for what was written to, nothing. (A
+    first write by another thread in this very moment would be lost.)
     """
     try:
         table = PAGEMAP.open("rb", buffering=0)
@@ -109,7 +110,7 @@ def release_memory(tensors: Iterable[Tensor]) -> None:
             if tensor.is_cpu and first < end:
                 table.seek(8 * first)
                 bits = np.frombuffer(table.read(8 * (end - first)), np.uint64) >> np.uint64(61)
-                if np.isin(bits, OF_A_FILE).all():
+                if len(bits) == end - first and np.isin(bits, OF_A_FILE).all():
                     libc.madvise(
                         ctypes.c_void_p(first * page), ctypes.c_size_t((end - first) * page), MADV_DONTNEED
                     )
@@ -190,8 +191,9 @@ def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Te
 
 @contextmanager
 def _staging(place: Path) -> Iterator[Path]:
-    """A new directory in `place`, gone in the end. (tempfile's could be read by its owner alone, on Windows
-    with all that is moved out of it.)
+    """A new directory in `place`, gone in the end.
+
+    Not tempfile's: on Windows what is moved out of one can be read by its owner alone.
     """
     staging = place / f".saving-{os.urandom(4).hex()}"
     staging.mkdir()
