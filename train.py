@@ -28,7 +28,6 @@ from heads import MISSING, MLPHead, MultiTaskLoss, MultiTaskModel
 from heads.data import SPLITS, DataError, Example, SentenceDataset, epoch_batches, fingerprint, label_names
 from heads.evaluation import baseline, evaluate, evaluation_batches, score
 from heads.features import compute, fill, size_in_bytes
-from heads.multitask import SETTINGS
 from heads.options import Options, read_options
 from heads.processes import FirstFailedError, Processes, catching_interrupts
 from heads.report import Bar, print_epoch, print_results, write_report
@@ -42,6 +41,7 @@ from minibert.memory import is_out_of_memory, keep_freed_memory
 from minibert.onednn import onednn_products
 from minibert.sentence_encoder import evaluating
 from weights import resolve
+from weights.checkpoint import HEADS
 
 WIDTHS = (256, 128)  # of the first task's head, of every other's
 EXAMPLES = (
@@ -58,7 +58,7 @@ def build_model(options: Options, tasks: list[str], examples: list[Example]) -> 
     directory = resolve(options.model)
     heads: dict[str, nn.Module] = {}
     labels: dict[str, tuple[str, ...]] = {}
-    if (directory / SETTINGS).is_file():
+    if (directory / HEADS).is_file():
         trained = MultiTaskModel.from_pretrained(directory, dtype=torch.float32)
         encoder, heads, labels = trained.encoder, dict(trained.heads.items()), dict(trained.labels)
     else:
@@ -386,7 +386,7 @@ def check_settings(
     trained = plan.trained(model, sys.maxsize)
     for task in model.heads:
         if f"heads.{task}" not in trained:
-            if trained and not (resolve(options.model) / SETTINGS).is_file():
+            if trained and not (resolve(options.model) / HEADS).is_file():
                 warnings.warn(f"--freeze {options.freeze} leaves the new head {task} random", stacklevel=1)
         elif not (sets["train"].labels[task] != MISSING).any():
             warnings.warn(

@@ -18,11 +18,11 @@ from minibert.model import unwrapped
 from minibert.outputs import as_tree
 from minibert.sentence_encoder import evaluating
 from weights import CheckpointError, resolve
+from weights.checkpoint import HEADS
 from weights.hub import TOKENIZER_FILES
 from weights.json_files import read_json, to_json
 from weights.safetensors_files import read_file
 
-SETTINGS = "heads.json"
 TENSORS = "heads.safetensors"
 # Methods of nn.Module that torch does not call for the parts of a module.
 CONVERSIONS = ("type", "half", "float", "double", "bfloat16")
@@ -158,7 +158,7 @@ class MultiTaskModel(nn.Module):
             if _is_plain(head):
                 sizes = {"hidden": head.hidden.in_features, "width": head.hidden.out_features}
                 settings[name] |= sizes | {"classes": head.out.out_features}
-        files: dict[str, Any] = {SETTINGS: to_json({"heads": settings}), TENSORS: self.heads.state_dict()}
+        files: dict[str, Any] = {HEADS: to_json({"heads": settings}), TENSORS: self.heads.state_dict()}
         if self.tokenizer is None:
             unwrapped(self.encoder).save_pretrained(directory, files)
         else:
@@ -188,16 +188,16 @@ class MultiTaskModel(nn.Module):
             ValueError: `heads` has one that was not saved, or as `BertModel.from_pretrained`.
         """
         directory = resolve(name_or_path)
-        if not (directory / SETTINGS).is_file():
-            if (directory / "best" / SETTINGS).is_file():
+        if not (directory / HEADS).is_file():
+            if (directory / "best" / HEADS).is_file():
                 raise CheckpointError(f"{directory} is the directory of a run: give {directory / 'best'}")
             raise CheckpointError(
-                f"{directory} has no {SETTINGS}, so no MultiTaskModel was saved there: make one "
+                f"{directory} has no {HEADS}, so no MultiTaskModel was saved there: make one "
                 "by MultiTaskModel(BertModel.from_pretrained(...), {...})"
             )
-        settings = read_json(directory / SETTINGS).get("heads")
+        settings = read_json(directory / HEADS).get("heads")
         if not isinstance(settings, dict):
-            raise CheckpointError(f"{directory / SETTINGS} has no `heads`: save_pretrained did not write it")
+            raise CheckpointError(f"{directory / HEADS} has no `heads`: save_pretrained did not write it")
         has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
         encoder = BertModel.from_pretrained(directory, attention=attention, dtype=dtype)
         given = dict(heads or {})
@@ -217,7 +217,7 @@ class MultiTaskModel(nn.Module):
         except CheckpointError:
             raise
         except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{directory / SETTINGS}: {error}") from error
+            raise CheckpointError(f"{directory / HEADS}: {error}") from error
         try:
             tensors = read_file(directory / TENSORS)
             for key, tensor in [*model.heads.named_parameters(), *model.heads.named_buffers()]:
@@ -226,7 +226,7 @@ class MultiTaskModel(nn.Module):
             model.heads.load_state_dict(tensors)
         except RuntimeError as error:
             raise CheckpointError(
-                f"{directory / TENSORS} does not fit {SETTINGS}: {' '.join(str(error).split())}"
+                f"{directory / TENSORS} does not fit {HEADS}: {' '.join(str(error).split())}"
             ) from error
         return model.eval()
 

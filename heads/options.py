@@ -93,7 +93,8 @@ class Options:
             )
         if self.metric.rpartition(".")[2] not in ("loss", "accuracy", "macro_f1"):
             raise ValueError(f"--metric is {self.metric!r}, it must be [TASK.]loss, accuracy or macro_f1")
-        for path in (Path(self.output), *Path(self.output).parents) if self.output else ():
+        output = Path(self.output or ".")
+        for path in (output, *output.parents):
             if path.is_file():
                 raise ValueError(f"--output {self.output}: {path} is a file, it must be a directory")
         if self.eval_only and self.model == Options.model:

@@ -256,10 +256,11 @@ def _rows_done(part: Path, task: dict[str, Any], resume: bool) -> tuple[int, int
 def _check_whole(file: Path, task: dict[str, Any]) -> None:
     """Raises ValueError, saying what differs, unless record and array of `file` are those of `task`."""
     record = _read_record(file)
-    for key in ("text", "model"):
-        if record.get(key) != task[key]:
-            raise ValueError(f"{file} was made of another {key}: remove it, or give another name")
-    changed = [f"{key} was {record.get(key)}, is {task[key]}" for key in task if record.get(key) != task[key]]
+    changed = [
+        f"another {key}" if key in ("text", "model") else f"{key} was {record.get(key)}, is {task[key]}"
+        for key in task
+        if record.get(key) != task[key]
+    ]
     if changed:
         raise ValueError(f"{file} was made otherwise: {'; '.join(changed)}: remove it, or give another name")
     shape = (task["stop"] - task["start"], task["hidden_size"])
@@ -300,10 +301,11 @@ def whole_or_gone(file: Path, name: Path | None = None) -> Iterator[None]:
 
 def _write(file: Path, row: int, block: NDArray[np.float32]) -> None:
     """Rows of an array on the disk. (Where a map of it met a full disk, the process would be killed.)"""
-    array = np.load(file, mmap_mode="r")
     try:
         with file.open("r+b") as stream:
-            stream.seek(array.offset + row * array.strides[0])
+            np.lib.format.read_magic(stream)
+            np.lib.format.read_array_header_1_0(stream)  # after which the rows begin
+            stream.seek(row * block.shape[1] * block.itemsize, os.SEEK_CUR)
             stream.write(np.ascontiguousarray(block).data)
             stream.flush()
             os.fsync(stream.fileno())

@@ -179,8 +179,8 @@ def test_a_killed_run_goes_on(minilm: Path, tmp_path: Path) -> None:
     [
         (["--no-normalize"], "normalize_embeddings was True, is False"),
         (["--dtype", "bfloat16"], "dtype was float32, is bfloat16"),
-        ("text", "out.npy.part was made of another text: remove it, or give another name"),
-        ("model", "out.npy.part was made of another model: remove it, or give another name"),
+        ("text", "out.npy.part was made otherwise: another text"),
+        ("model", "out.npy.part was made otherwise: another model"),
     ],
 )
 def test_another_run_cannot_be_gone_on_with(

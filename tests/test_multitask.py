@@ -110,7 +110,7 @@ def test_no_other_encoder_is_saved_under_the_heads(small: Path, tmp_path: Path) 
     model.save_pretrained(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
     for encoder in (BertModel.from_pretrained(small), SentenceEncoder.from_pretrained(small)):
-        with pytest.raises(CheckpointError, match=r"holds heads\.json, .* give another directory"):
+        with pytest.raises(CheckpointError, match="holds heads of another encoder: give another directory"):
             encoder.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     model.save_pretrained(tmp_path)

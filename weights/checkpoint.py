@@ -14,6 +14,7 @@ from weights.json_files import CheckpointError, read_config, to_json
 from weights.key_maps import FAMILIES, is_ignored
 from weights.safetensors_files import read_tensors, write_directory
 
+HEADS = "heads.json"  # which a MultiTaskModel writes beside its encoder
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that a model may be in
 
 
@@ -128,9 +129,9 @@ def save_checkpoint(
         CheckpointError: the directory cannot be written, or heads in it would stand on another encoder.
         ValueError: the tensors are not those of such a model.
     """
-    if (Path(directory) / "heads.json").exists() and "heads.json" not in (other_files or {}):
+    if (Path(directory) / HEADS).exists() and HEADS not in (other_files or {}):
         raise CheckpointError(
-            f"{directory} holds heads.json, of heads on another encoder: give another directory, or remove it"
+            f"{directory} holds heads of another encoder: give another directory, or remove its {HEADS}"
         )
     family = FAMILIES[config["model_type"]]
     published = {family.to_published(key): tensor for key, tensor in tensors.items()}

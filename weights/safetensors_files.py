@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import RawIOBase
 from pathlib import Path
 
 import numpy as np
@@ -107,13 +108,17 @@ def release_memory(tensors: Iterable[Tensor]) -> None:
     with table:
         for tensor in tensors:
             first, end = -(-tensor.data_ptr() // page), (tensor.data_ptr() + tensor.nbytes) // page
-            if tensor.is_cpu and first < end:
-                table.seek(8 * first)
-                bits = np.frombuffer(table.read(8 * (end - first)), np.uint64) >> np.uint64(61)
-                if len(bits) == end - first and np.isin(bits, OF_A_FILE).all():
-                    libc.madvise(
-                        ctypes.c_void_p(first * page), ctypes.c_size_t((end - first) * page), MADV_DONTNEED
-                    )
+            if tensor.is_cpu and first < end and _are_a_files(table, first, end):
+                libc.madvise(
+                    ctypes.c_void_p(first * page), ctypes.c_size_t((end - first) * page), MADV_DONTNEED
+                )
+
+
+def _are_a_files(table: RawIOBase, first: int, end: int) -> bool:
+    """Whether these pages hold nothing but what is in a file."""
+    table.seek(8 * first)
+    numbers = np.frombuffer(table.read(8 * (end - first)) or b"", np.uint64)
+    return len(numbers) == end - first and bool(np.isin(numbers >> np.uint64(61), OF_A_FILE).all())
 
 
 def no_weights(path: Path) -> str | None:
