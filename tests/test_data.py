@@ -233,6 +233,10 @@ def test_rare_combinations_are_split_as_well() -> None:
     rest, held = stratified_split([Example(str(i), {"a": str(max(0, i - 20))}) for i in range(40)], 0.5, 0)
     assert {e.labels["a"] for e in rest} == {str(i) for i in range(20)}
     assert 0 < len(held) <= 20
+    # and here twice, each time beside another
+    twice = [Example(str(i), {"a": str(i // 2), "b": "xy"[i % 2]}) for i in range(40)]
+    rest, held = stratified_split(twice, 0.99, 0)
+    assert [e.labels["a"] for e in rest] == [str(i) for i in range(20)]
 
 
 def lengths_dataset(lengths: list[int], sources: list[int] | None = None) -> SentenceDataset:

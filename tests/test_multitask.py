@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 from torch import Tensor, nn
 
 from heads import MISSING, MLPHead, MultiTaskLoss, MultiTaskModel
-from heads.metrics import TaskMetrics, majority
+from heads.metrics import TaskMetrics, macro_f1, majority
 from minibert import BertModel, SentenceEncoder, Tokenizer
 from minibert.freezing import FreezePlan, named_groups
 from weights import CheckpointError
@@ -478,6 +478,12 @@ def test_metrics_are_scikit_learns(seed: int) -> None:
     assert metrics.confusion == confusion_matrix(true, predicted, labels=range(5)).tolist()
     expected = log_loss(true, logits[known].double().softmax(1).numpy(), labels=range(5))
     assert metrics.loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_class_that_occurs_once_and_is_never_predicted_counts() -> None:
+    assert macro_f1(torch.tensor([[2, 0], [1, 0]])) == pytest.approx(
+        f1_score([0, 0, 1], [0, 0, 0], average="macro")
+    )
 
 
 def test_metrics_without_labels() -> None:
