@@ -9,6 +9,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from minibert.attention import AttentionFunction
 from minibert.config import BertConfig
 from minibert.fast_attention import varlen_attention
-from minibert.fused_layers import FusedEmbeddings, FusedLayer, is_untouched
+from minibert.fused_layers import FusedEmbeddings, FusedLayer, has_hook, is_untouched
 from minibert.memory import keep_freed_memory
 from minibert.model import BertModel
 from minibert.packing import PackedBatch, Packing
@@ -49,63 +50,68 @@ class FastModel:
 def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> FastModel | None:
     """A model's `FastModel`, made anew when it has changed; None unless it `is_untouched`.
 
-    A change is another part, hook or parameter, or another number in one. (Of what is written into a
-    parameter's `.data` torch keeps no record, so some numbers of each Linear's matrix are compared. Another
-    activation, `eps` or `head_size` goes unnoticed.) With inference tensors, of which nothing tells whether
-    they have changed, the copy is made anew every time.
+    A change is another part, setting, function, hook or parameter, or another number in one. (Of what is
+    written into a parameter's `.data` torch keeps no record, so some numbers of each Linear's matrix are
+    compared.) With inference tensors, of which nothing tells whether they have changed, the copy is made
+    anew every time.
     """
     model = getattr(model, "_orig_mod", model)  # of a compiled one
     if not isinstance(model, BertModel):  # somebody's own around it
         return None
-    state = _identities(model), dtype, model.config, model.attention
+    parts, numbers = _made_of(model)
     with _LOCK:
         kept: _Kept | None = vars(model).get("_kept")
-        if kept is None or kept.state != state or not kept.sampled_alike():
+        if kept is None or not kept.is_of(parts, [dtype, *numbers]):
             kept = vars(model)["_kept"] = None  # before its successor takes as much memory
-            kept = vars(model)["_kept"] = _Kept(model, dtype, state)
+            kept = vars(model)["_kept"] = _Kept(model, dtype, parts, [dtype, *numbers])
         return kept.copy
 
 
 class _Kept:
     """A fast copy and what it was made from; an attribute of its model, but not copied or pickled with it.
 
-    `parts` are there so that nothing later can have the identity or the memory of one of them.
+    `memory` is there so that no later parameter has its numbers where one of these had them.
     """
 
-    def __init__(self, model: BertModel, dtype: torch.dtype | None, state: object) -> None:
-        self.state = state
-        self.parts = [*list(model.modules())[1:], *((p, p.detach()) for p in model.parameters())]
+    def __init__(
+        self, model: BertModel, dtype: torch.dtype | None, parts: list[object], numbers: list[object]
+    ) -> None:
+        self.parts, self.numbers = parts, numbers
+        self.memory = [parameter.detach() for parameter in model.parameters()]
         self.copy, self.samples = None, []
         if is_untouched(model):
             linears = [part for part in model.layers.modules() if isinstance(part, nn.Linear)]
             self.samples = [each.weight.detach()[len(each.weight) // 2, :SAMPLE] for each in linears]
-            self.numbers = torch.cat(self.samples) if linears else torch.empty(0)
+            self.sampled = torch.cat(self.samples) if linears else torch.empty(0)
             self.copy = FastModel(model, dtype)
 
-    def sampled_alike(self) -> bool:
-        """Whether the samples are what they were."""
-        return not self.samples or torch.equal(torch.cat(self.samples), self.numbers)
+    def is_of(self, parts: list[object], numbers: list[object]) -> bool:
+        """Whether it was made of these very parts, and of these numbers."""
+        alike = len(parts) == len(self.parts) and all(map(is_, parts, self.parts)) and numbers == self.numbers
+        return alike and (not self.samples or torch.equal(torch.cat(self.samples), self.sampled))
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
 
-def _identities(model: BertModel) -> list[object]:
-    """What changes with the model. (`parameters()` takes 3% of encoding a short sentence.)"""
-    state: list[object] = []
-    modules: list[nn.Module | None] = [model]
+def _made_of(model: BertModel) -> tuple[list[object], list[object]]:
+    """All parts, settings, functions and parameters of a model; and numbers that change with it."""
+    parts = [value for name, value in vars(model).items() if name != "_kept"]
+    numbers: list[object] = []
+    modules: list[nn.Module] = [model]
     for module in modules:  # which grows as it is walked
-        if module is None:  # `model.pooler = None`
-            continue
-        state += (*module._forward_hooks, *module._forward_pre_hooks)  # the hooks' numbers
-        if "forward" in module.__dict__:  # somebody's own
-            state.append(id(module.forward))
+        if has_hook(module):
+            numbers += (*module._forward_hooks, *module._forward_pre_hooks)
         for parameter in module._parameters.values():
             if parameter is not None:
                 version = object() if parameter.is_inference() else parameter._version
-                state += (id(parameter), version, parameter.data_ptr())
-        modules += module._modules.values()
-    return [*state, *map(id, modules)]
+                parts.append(parameter)
+                numbers += (version, parameter.data_ptr())
+        for child in module._modules.values():
+            if child is not None:  # `model.pooler = None`
+                parts += vars(child).values()
+                modules.append(child)
+    return parts, numbers
 
 
 _LOCK = threading.Lock()  # threads may encode at the same time

@@ -542,7 +542,6 @@ def changes() -> list[Callable[[BertModel], None]]:
         attention: Any = model.get_submodule("layers.1.attention")
         project = attention.project
         attention.project = lambda hidden: [2 * states for states in project(hidden)]
-        model.layers[1].attention.value = nn.Linear(36, 36)  # type: ignore[union-attr]
 
     def one_key_for_all_heads(model: BertModel) -> None:
         attention = model.get_submodule("layers.0.attention")
@@ -572,6 +571,23 @@ def changes() -> list[Callable[[BertModel], None]]:
         with torch.no_grad():
             model.get_parameter("layers.1.feed_forward_norm.weight").mul_(1.5)
 
+    def other_eps(model: BertModel) -> None:
+        model.layers[0].attention_norm.eps = 1.0  # type: ignore[union-attr]
+
+    def other_head_size(model: BertModel) -> None:
+        model.layers[0].attention.head_size = 18  # type: ignore[union-attr]
+
+    def other_activation(model: BertModel) -> None:
+        model.layers[0].feed_forward.activation = F.relu  # type: ignore[union-attr]
+
+    def other_method(model: BertModel) -> None:
+        run_layers: Any = model.run_layers
+
+        def twice(*inputs: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
+            return ((2 * hidden, weights) for hidden, weights in run_layers(*inputs))
+
+        model.run_layers = twice  # type: ignore[method-assign, assignment]
+
     class TwiceTheNorm(nn.LayerNorm):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
@@ -585,6 +601,7 @@ def changes() -> list[Callable[[BertModel], None]]:
         *(own_function, one_key_for_all_heads, no_layers, limited_table),
         *(no_bias, activation, activation_alone, other_forward, outside_forward, outside_hook),
         *(new_module, adapter, table_adapter, other_embeddings, other_layer, other_norm),
+        *(other_eps, other_head_size, other_activation, other_method),
     ]
 
 

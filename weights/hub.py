@@ -37,7 +37,8 @@ def resolve(name_or_path: str | Path) -> Path:
 
     Looks, in this order, at: an existing directory; `weights/<name>/` in a checkout; an installed
     carrier package; the Hugging Face cache (shared with transformers); the hub. A catalog name or
-    its repo comes at the revision pinned in the catalog, any other `org/name` at `main`.
+    its repo is downloaded at the revision pinned in the catalog, any other `org/name` at `main`; what is
+    on this disk is not compared.
     `HF_HUB_OFFLINE`, `HF_TOKEN`, `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_CACHE` are honoured.
 
     Raises:
