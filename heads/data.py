@@ -26,6 +26,7 @@ from minibert.tokenizer import pad
 
 DEMO = Path(__file__).with_name("demo.csv")
 SPLITS = ("train", "validation", "test")
+NOTHING = {"nan", "NaN", "N/A", "NA", "<NA>", "null", "NULL", "None"}  # as other programs write it
 SAY_WHICH = "say which by --text COLUMN and --task NAME=COLUMN (of a file for one task: --train NAME=FILE)"
 POOL = 16  # so many batches' sentences are sorted by length together
 
@@ -186,9 +187,21 @@ def label_names(examples: Sequence[Example], tasks: Sequence[str]) -> dict[str, 
         if len(found) < 2:
             has = f"only the label {found.pop()!r}" if found else "no label at all"
             raise DataError(f"the training examples have {has} for {task}: there must be two or more")
+        _warn_of_odd_labels(task, found)
         numbers = all(label.isdecimal() for label in found)
         names[task] = tuple(sorted(found, key=lambda label: (int(label) if numbers else 0, label)))
     return names
+
+
+def _warn_of_odd_labels(task: str, labels: set[str]) -> None:
+    """Of what a table may have come to by way of other programs."""
+    if missing := sorted(labels & NOTHING):
+        warnings.warn(f"{missing[0]!r} is a label of {task}: if it means none, empty the cells", stacklevel=1)
+    for label in sorted(labels):
+        if label.endswith(".0") and label.removesuffix(".0") in labels:
+            twice = f"{label.removesuffix('.0')!r} and {label!r} are two labels of {task}"
+            warnings.warn(f"{twice}: write the number in one way", stacklevel=1)
+            return
 
 
 def stratified_split(
@@ -197,14 +210,14 @@ def stratified_split(
     """(rest, held out): `fraction` of each combination of labels and file, as nearly as can be.
 
     Keeps the order, and something of every label in the rest. A text that comes several times, as with a
-    file or a row for each task, is held out everywhere or nowhere.
+    file or a row for each task, is held out everywhere or nowhere, with other spaces and capitals, too.
 
     Raises:
         DataError: too few examples to hold one out and keep one.
     """
     together: dict[str, list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
-        together[example.text].append(index)
+        together[" ".join(example.text.lower().split())].append(index)
     strata: dict[tuple[object, ...], list[list[int]]] = defaultdict(list)
     for group in together.values():
         kinds = (part for i in group for part in (examples[i].source, *sorted(examples[i].labels.items())))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from heads.data import DEMO, SPLITS, DataError, Example, dummy_examples, read_examples, stratified_split
 from heads.options import Options
+from weights.checkpoint import HEADS
 
 
 def read_sets(options: Options) -> tuple[dict[str, list[Example]], list[str]]:
@@ -31,9 +33,14 @@ def read_sets(options: Options) -> tuple[dict[str, list[Example]], list[str]]:
         sets[name] = marked or given
     sets["train"] = [example for example in whole if example.split in ("", "train")]
     if sets["train"] and not sets["validation"]:
-        sets["train"], sets["validation"] = stratified_split(
-            sets["train"], options.validation_fraction, options.seed
-        )
+        # always by one seed: a run that goes on from another must not validate on what that one saw
+        sets["train"], sets["validation"] = stratified_split(sets["train"], options.validation_fraction, seed=0)
+        if options.train and (Path(options.model) / HEADS).is_file() and not options.resume:
+            warnings.warn(
+                f"validation is drawn from the training file: {options.model} has seen some of it unless file, "
+                "tasks and --validation-fraction were the same; a column named split can mark its rows",
+                stacklevel=1,
+            )
     return {name: examples for name, examples in sets.items() if examples}, list(tasks)
 
 

@@ -27,6 +27,7 @@ from weights.convert import convert
 from weights.hub import verify
 
 DEFAULT_MODEL = "bert-base-uncased"
+TABLES = (".csv", ".tsv", ".jsonl")
 SHOWN = 10  # sentences whose numbers and cosines are printed
 
 
@@ -199,12 +200,15 @@ def _text_file(given: list[str]) -> Path | None:
     files = [name for name in given if is_file(name) or _looks_like_a_file(name)]
     if files and len(given) > 1:
         raise ValueError(f"{files[0]} is a file among sentences: give one file alone, or pipe text in")
+    if files and files[0].endswith(TABLES) and is_file(files[0]):
+        warnings.warn(
+            f"each line of {files[0]} is taken for a sentence, with names, separators and labels", stacklevel=1
+        )
     return Path(files[0]) if files else None
 
 
 def _looks_like_a_file(name: str) -> bool:
-    tables = (".csv", ".tsv", ".jsonl")
-    return name.endswith(".txt") or (name.endswith(tables) and len(name.split()) == 1)
+    return name.endswith(".txt") or (name.endswith(TABLES) and len(name.split()) == 1)
 
 
 def _sentences(given: list[str], file: Path | None) -> Iterable[str]:

@@ -236,6 +236,9 @@ def set_groups(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, A
     already, nothing changes, not even the rates that one of torch's schedulers has given them.
     """
     wanted = [{**group, "params": _listed(group["params"])} for group in groups]
+    for group in wanted:
+        if "plan_lr" in group:
+            group["plan_lr"] = group["lr"]  # which may have been set by hand
     if len(wanted) == len(optimizer.param_groups) and all(map(_is, optimizer.param_groups, wanted)):
         return
     optimizer.param_groups.clear()
@@ -252,11 +255,11 @@ def _listed(parameters: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Ten
 
 
 def _is(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether an optimizer's group is this one, with the rate of its plan, or of a scheduler."""
+    """Whether an optimizer's group is this one, with its rate, or what a scheduler has made of it."""
     given = {**new, "params": [id(parameter) for parameter in new["params"]]}
     has = {**old, "params": [id(parameter) for parameter in old["params"]]}
-    if "plan_lr" in new or "max_lr" in old:  # OneCycleLR's, which makes all rates of it
-        given.pop("lr", None)
-    elif "initial_lr" in old:  # from which the other schedulers began
-        has["lr"] = old["initial_lr"]
-    return given.items() <= has.items()
+    rate = given.pop("lr", None)
+    given.pop("plan_lr", None)
+    began = (old.get("initial_lr", old["lr"]), old.get("plan_lr"))  # not every scheduler notes the former
+    makes_all = "max_lr" in old and "plan_lr" not in old  # OneCycleLR
+    return (rate is None or rate in began or makes_all) and given.items() <= has.items()

@@ -27,6 +27,6 @@ def cls_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
     """
     check_mask(attention_mask, last_hidden_state.shape[:2])
     first = attention_mask.int().argmax(1)  # (B,), 0 unless padded on the left
-    rows = torch.arange(len(first), device=first.device)  # (B,)
+    rows = torch.arange(first.shape[0], device=first.device)  # (B,)
     wide = torch.promote_types(last_hidden_state.dtype, torch.float32)
     return last_hidden_state[rows, first].to(wide)  # (B, H)

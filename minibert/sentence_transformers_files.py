@@ -7,6 +7,8 @@ from weights import CheckpointError
 from weights.hub import fetch_pooling
 from weights.json_files import read_json, to_json
 
+MODULES = ("Transformer", "Pooling", "Normalize")  # in this order
+
 
 def read_modules(directory: Path) -> tuple[str, bool]:
     """(pooling, normalised?) as modules.json says; ("mean", False) where there is none.
@@ -23,16 +25,19 @@ def read_modules(directory: Path) -> tuple[str, bool]:
             stacklevel=3,
         )
     _refuse_extras(directory / "config_sentence_transformers.json")
+    _refuse_other_states(directory / "sentence_bert_config.json")
     path = directory / "modules.json"
     if not path.is_file():
         return "mean", False
-    folders = {}  # kind of module -> its folder
+    folders: dict[str, str] = {}  # kind of module -> its folder
     for module in read_json(path, list):
         if not isinstance(module, dict):
             raise CheckpointError(f"{path} lists {module!r}, which is not a module")
         folders[str(module.get("type")).rpartition(".")[2]] = str(module.get("path") or "")
-    if unknown := folders.keys() - {"Transformer", "Pooling", "Normalize"}:
+    if unknown := folders.keys() - set(MODULES):
         raise CheckpointError(f"{path} has modules that are not supported: {', '.join(sorted(unknown))}")
+    if [*folders] != sorted(folders, key=MODULES.index):
+        raise CheckpointError(f"{path} has its modules in another order than {', '.join(MODULES)}")
     pooling = _read_pooling(directory / folders["Pooling"] / "config.json") if "Pooling" in folders else "mean"
     normalize = "Normalize" in folders
     if folders.get("Transformer"):
@@ -48,6 +53,17 @@ def _refuse_extras(path: Path) -> None:
     for name in ("default_prompt_name", "truncate_dim"):
         if settings.get(name) is not None:
             raise CheckpointError(f"{path}: {name} {settings[name]!r} is not supported, only null")
+
+
+def _refuse_other_states(path: Path) -> None:
+    """What the transformer gives must be its last hidden state, of texts cut by the model's own limit."""
+    settings = read_json(path) if path.is_file() else {}
+    if settings.get("processing_kwargs"):
+        raise CheckpointError(f"{path}: processing_kwargs {settings['processing_kwargs']} are not supported")
+    text = (settings.get("modality_config") or {}).get("text") or {}
+    state = text.get("method_output_name", "last_hidden_state")
+    if state != "last_hidden_state":
+        raise CheckpointError(f"{path} asks for {state}, only for last_hidden_state is supported")
 
 
 def _read_pooling(path: Path) -> str:

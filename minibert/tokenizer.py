@@ -182,8 +182,7 @@ class Tokenizer:
     def files(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json as transformers reads them, by name."""
         with TRUNCATION:
-            serialised = self.backend.to_str(pretty=True)
-        return tokenizer_files(serialised, self.special_tokens, self.max_length)
+            return tokenizer_files(self.backend, self.special_tokens, self.max_length)
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:

@@ -36,7 +36,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """A file of settings that need not be there, those we use checked; null is as good as absent."""
     published = read_json(path) if path.is_file() else {}
     settings: dict[str, Any] = {name: value for name, value in published.items() if value is not None}
-    for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars"):
+    for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars", "split_special_tokens"):
         if type(settings.get(name, True)) is not bool:
             raise CheckpointError(f"{path}: {name} is {settings[name]!r}, it must be true, false or null")
     if settings.get("truncation_side", "right") != "right":
@@ -73,6 +73,7 @@ def read_tokenizer(directory: Path, settings: Mapping[str, Any]) -> tuple[tokeni
     if is_berts:
         _make_berts(backend, path, settings)
     special_tokens = _add_tokens(backend, directory, settings)
+    backend.encode_special_tokens = settings.get("split_special_tokens", False)
     for name in ("cls_token", "sep_token", "unk_token"):
         if is_berts and special_tokens.get(name, SPECIAL_TOKENS[name]) != SPECIAL_TOKENS[name]:
             raise CheckpointError(
@@ -193,8 +194,11 @@ def _flags(token: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in token.items() if name != "__type"}
 
 
-def tokenizer_files(serialised: str, special_tokens: Mapping[str, str], max_length: int) -> dict[str, bytes]:
-    """The inverse of `read_tokenizer`, of what `tokenizers.Tokenizer.to_str` gives: file name -> contents."""
+def tokenizer_files(
+    backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str], max_length: int
+) -> dict[str, bytes]:
+    """The inverse of `read_tokenizer`: file name -> contents."""
+    serialised = backend.to_str(pretty=True)
     parts = json.loads(serialised)
     normalizer = parts["normalizer"] or {}
     added = {token["content"]: token["id"] for token in parts["added_tokens"]}
@@ -213,6 +217,7 @@ def tokenizer_files(serialised: str, special_tokens: Mapping[str, str], max_leng
         "strip_accents": normalizer.get("strip_accents"),
         "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
         "model_max_length": max_length,
+        "split_special_tokens": backend.encode_special_tokens,  # in text, which then cannot hold any
         # One that is not added yet would be, by transformers, and found in texts; but it must know what pads.
         **{name: token for name, token in special_tokens.items() if token in added or name == "pad_token"},
     }

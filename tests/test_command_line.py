@@ -101,6 +101,16 @@ def test_a_long_sentence_is_no_file_name(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().err == "minibert: warning: 1 of 1 texts cut to 256 tokens\n"
 
 
+def test_a_table_is_lines_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.csv").write_text("text,label\nhello,0\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(["encode", *MODEL, str(tmp_path / "mine.csv")]) == 0
+    said = capsys.readouterr()
+    assert f"warning: each line of {tmp_path / 'mine.csv'} is taken for a sentence" in said.err
+    assert "embeddings: 2 x 384" in said.out
+
+
 def test_long_input_is_shown_in_part(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["encode", *MODEL, *map(str, range(25))]) == 0
     printed = capsys.readouterr().out

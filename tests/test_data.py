@@ -210,6 +210,29 @@ def test_a_text_in_two_files_is_held_out_in_both_or_in_none() -> None:
     assert [e.text for e in rest if e.labels["a"] == "x"] == ["one", "one"]  # its label is nowhere else
 
 
+@pytest.mark.parametrize("second", ["Text number {}", "text number  {} "])
+def test_spaces_and_capitals_do_not_make_another_text(second: str) -> None:
+    forms = ("text number {}", second)
+    examples = [Example(form.format(i), {"a": "xy"[i % 2]}) for form in forms for i in range(100)]
+    rest, held = stratified_split(examples, 0.1, seed=0)
+    numbers = [{e.text.split()[-1] for e in some} for some in (rest, held)]
+    assert not numbers[0] & numbers[1]
+    assert len(held) == 20
+
+
+@pytest.mark.parametrize(
+    ("labels", "warning"),
+    [
+        (["pos", "neg", "nan"], "'nan' is a label of a: if it means none, empty the cells"),
+        (["1", "0", "1.0"], "'1' and '1.0' are two labels of a: write the number in one way"),
+    ],
+)
+def test_labels_as_other_programs_write_them(labels: list[str], warning: str) -> None:
+    with pytest.warns(UserWarning, match=warning):
+        label_names([Example("text", {"a": label}) for label in labels], ["a"])
+    label_names([Example("text", {"a": label}) for label in ("1.0", "2.0", "none")], ["a"])
+
+
 @pytest.mark.parametrize("long", [False, True])
 def test_a_text_in_several_rows_is_held_out_in_all_or_in_none(long: bool) -> None:
     """Rows that come twice, or a row for each task."""

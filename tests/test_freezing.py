@@ -236,6 +236,27 @@ def test_a_scheduler_goes_on_until_something_is_thawed(model: MultiTaskModel) ->
         assert [group["lr"] for group in optimizer.param_groups] == [lr]
 
 
+def test_rates_set_by_hand_count(model: MultiTaskModel) -> None:
+    plan = FreezePlan("backbone", head_lr=1.0)
+    optimizer = torch.optim.AdamW(plan.optimizer_groups(model))
+    for factor in (1.0, 0.1, 0.1, 1.0):
+        groups = plan.optimizer_groups(model)
+        for group in groups:
+            group["lr"] *= factor
+        set_groups(optimizer, groups)
+        assert [group["lr"] for group in optimizer.param_groups] == [factor, factor]
+
+
+def test_what_reduce_on_plateau_makes_of_rates_stays(model: MultiTaskModel) -> None:
+    plan = FreezePlan("backbone", head_lr=1.0)
+    optimizer = torch.optim.AdamW(plan.optimizer_groups(model))
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    for rate in (1.0, 1.0, 0.5, 0.25):  # from the second step on, as nothing gets better
+        set_groups(optimizer, plan.optimizer_groups(model))
+        assert [group["lr"] for group in optimizer.param_groups] == [rate, rate]
+        scheduler.step(1.0)
+
+
 def test_a_scheduler_that_sets_rates_of_its_own_goes_on(model: MultiTaskModel) -> None:
     plan = FreezePlan("layers:1")
     learned = MultiTaskLoss(list(model.heads), uncertainty=True).parameters()

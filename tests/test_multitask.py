@@ -73,6 +73,23 @@ def test_predict(small: Path) -> None:
     assert model.predict([]) == []
 
 
+def test_predict_by_a_forward_of_ones_own(small: Path) -> None:
+    class Longest(MultiTaskModel):
+        def forward(self, input_ids: Tensor, attention_mask: Any = None, token_type_ids: Any = None) -> Any:
+            hidden = self.encoder(input_ids, attention_mask, token_type_ids).last_hidden_state
+            return self.classify(hidden.masked_fill(attention_mask[..., None] == 0, -1e9).amax(1))
+
+    usual = build(small)
+    assert usual.tokenizer is not None
+    model = Longest(usual.encoder, dict(usual.heads.items()), labels=LABELS, tokenizer=usual.tokenizer)
+    expected = model.eval()(**usual.tokenizer(SENTENCES)).logits["type"].softmax(-1).amax(-1)
+    for size in (None, 3):
+        found = [prediction["type"]["probability"] for prediction in model.predict(iter(SENTENCES), size)]
+        assert found == pytest.approx(expected.tolist(), rel=1e-5)
+    assert found != pytest.approx([p["type"]["probability"] for p in usual.predict(SENTENCES)], rel=1e-3)
+    assert model.predict([]) == []
+
+
 def test_round_trip(small: Path, tmp_path: Path) -> None:
     model = build(small)
     model.save_pretrained(tmp_path / "saved")

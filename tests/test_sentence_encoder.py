@@ -278,6 +278,7 @@ def test_unknown_pooling_is_refused(tiny_encoder: SentenceEncoder) -> None:
             {"pooling_mode_max_tokens": True},
             "asks for pooling by ['pooling_mode_max_tokens']",
         ),
+        ([("Normalize", "n"), ("Pooling", "p")], {}, "in another order than Transformer, Pooling, Normalize"),
         ([("Pooling", "p")], {"pooling_mode": "lasttoken"}, "asks for pooling by ['lasttoken']"),
         (
             [("Pooling", "p")],
@@ -306,6 +307,24 @@ def test_prompts_and_truncation_are_refused(minilm: Path, tmp_path: Path, settin
     shutil.copy(minilm / "config.json", tmp_path)
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(setting))
     with pytest.raises(CheckpointError, match=f"{next(iter(setting))} .* is not supported, only null"):
+        SentenceEncoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"modality_config": {"text": {"method_output_name": ["hidden_states", -2]}}},
+            r"for \['hidden_states', -2\]",
+        ),
+        ({"processing_kwargs": {"text": {"max_length": 8}}}, "processing_kwargs .* are not supported"),
+    ],
+)
+def test_other_states_are_refused(minilm: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    """As sentence-transformers 6 writes them."""
+    shutil.copy(minilm / "config.json", tmp_path)
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=message):
         SentenceEncoder.from_pretrained(tmp_path)
 
 

@@ -216,6 +216,20 @@ def test_whose_parts_count(minilm: Path, tmp_path: Path, kind: str | None, part:
     assert Tokenizer.from_pretrained(directory).token_ids(texts) == expected
 
 
+@pytest.mark.parametrize("split", [True, False])
+def test_special_tokens_in_texts(minilm: Path, tmp_path: Path, split: bool) -> None:
+    directory = layout(minilm, tmp_path / "model", ["tokenizer.json"], split_special_tokens=split)
+    texts = ["Hello [SEP] World caf\u00e9 [MASK] x", "[CLS]"]
+    expected = AutoTokenizer.from_pretrained(directory)(texts)["input_ids"]
+    tokenizer = Tokenizer.from_pretrained(directory)
+    assert tokenizer.token_ids(texts) == expected
+    assert (103 in expected[0]) != split
+    for name, content in tokenizer.files().items():
+        (directory / name).write_bytes(content)
+    assert AutoTokenizer.from_pretrained(directory)(texts)["input_ids"] == expected
+    assert Tokenizer.from_pretrained(directory).token_ids(texts) == expected
+
+
 @pytest.mark.parametrize("end", [" ", "\t", "\u00a0", "\r", "\x0c", "\x1c"])
 def test_white_space_behind_a_token(minilm: Path, tmp_path: Path, end: str) -> None:
     directory = layout(minilm, tmp_path / "model", ["vocab.txt"])

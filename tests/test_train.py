@@ -25,6 +25,7 @@ from heads import MISSING, MultiTaskLoss, MultiTaskModel, features
 from heads.options import Options, read_options
 from heads.processes import Processes, catching_interrupts
 from heads.run_directory import RunDirectory
+from heads.sets import read_sets
 from minibert import BertModel
 from tests.conftest import save_small
 from weights import CheckpointError
@@ -253,6 +254,26 @@ def test_eval_only(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "  sentiment    loss" not in printed
     assert train.main(f"--eval-only --test {test} --task type=l".split()) == 2
     assert "--eval-only needs --model DIR, such as best/ of a run" in capsys.readouterr().err
+
+
+def test_what_is_held_out_does_not_depend_on_the_seed(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or a run that goes on from another would validate on what that one was trained on."""
+    rows = [(f"sentence {i}", "ab"[i % 2], "xyz"[i % 3]) for i in range(60)]
+    data = f"--train {table(tmp_path / 'd.csv', [('text', 'a', 'b'), *rows])} --task a=a"
+    held = [read_sets(read_options(f"{data} --seed {seed}".split()))[0]["validation"] for seed in (0, 1)]
+    assert held[0] == held[1]
+    run = main("run", "--epochs 1")
+    assert "is drawn" not in capsys.readouterr().err
+    output = f"--output {tmp_path / 'other'}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert train.main(f"--model {run / 'best'} {data} --task b=b --steps 1 {output}".split()) == 0
+        drawn = f"validation is drawn from the training file: {run / 'best'} has seen"
+        assert drawn in capsys.readouterr().err
+        assert train.main(f"{output} --resume".split()) == 0
+        assert drawn not in capsys.readouterr().err
 
 
 def test_the_directory_of_a_run_is_no_model(
