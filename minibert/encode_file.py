@@ -218,7 +218,6 @@ def record_file(file: Path) -> Path:
 
 def _read_record(file: Path) -> dict[str, Any]:
     record = read_json(record_file(file)) if record_file(file).is_file() else {}
-    record.setdefault("cut", 0)  # of a run begun before it was counted
     for key in ("lines", "hidden_size", "start", "stop", "done", "cut"):
         if type(record.get(key)) is not int:
             raise ValueError(

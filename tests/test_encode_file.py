@@ -181,6 +181,7 @@ def test_a_killed_run_goes_on(minilm: Path, tmp_path: Path) -> None:
         (["--dtype", "bfloat16"], "dtype was float32, is bfloat16"),
         ("text", "out.npy.part was made otherwise: another text"),
         ("model", "out.npy.part was made otherwise: another model"),
+        ("tokenizer", "out.npy.part was made otherwise: another model"),
     ],
 )
 def test_another_run_cannot_be_gone_on_with(
@@ -197,11 +198,14 @@ def test_another_run_cannot_be_gone_on_with(
     model = small
     if change == "text":
         text.write_text("\n".join(LINES[::-1]) + "\n")
-    elif change == "model":
+    elif change in ("model", "tokenizer"):
         model = text.parent / "model"
         encoder = SentenceEncoder.from_pretrained(small)
-        with torch.no_grad():
-            encoder.model.get_parameter("layers.1.feed_forward.up.bias")[5] += 1e-3
+        if change == "model":
+            with torch.no_grad():
+                encoder.model.get_parameter("layers.1.feed_forward.up.bias")[5] += 1e-3
+        else:
+            encoder.tokenizer.backend.add_tokens(["unheard-of"])
         encoder.save_pretrained(model)
     options = change if isinstance(change, list) else ["--normalize"]
     assert encode(model, text, "--resume", *options) == 2
