@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minibert.attention import ATTENTION_FUNCTIONS, AttentionFunction, expand_mask
+from minibert.attention import ATTENTION_FUNCTIONS, expand_mask
 from minibert.config import BertConfig
 from minibert.embeddings import Embeddings
 from minibert.inputs import check_inputs
@@ -116,22 +116,23 @@ class BertModel(nn.Module):
         attention_mask: Tensor | None,
         start: int = 0,
         stop: int | None = None,
-        attend: AttentionFunction | None = None,
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Layer by layer from `start` up to, not including, `stop`: its output and attention weights.
 
         `hidden` (B, T, H) is the output of the layer below `start`, of the embeddings for 0. Yields
-        (B, T, H), and (B, N, T, T) or None. `attend` takes the place of the model's own attention.
+        (B, T, H), and (B, N, T, T) or None.
         """
-        if attend is None and self.attention == "packed":
+        layers = list(self.layers)[start:stop]  # a slice of a ModuleList would be a new Module
+        if self.attention == "packed":
             batch = PaddedBatch(hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask)
-            for packed, _ in self.run_layers(batch.pack(hidden), None, start, stop, batch.attend):
+            packed = batch.pack(hidden)  # (tokens, H)
+            for layer in layers:
+                packed, _ = layer(packed, None, batch.attend)
                 yield batch.unpack(packed), None
             return
-        if attend is None:
-            attend = ATTENTION_FUNCTIONS[self.attention]
+        attend = ATTENTION_FUNCTIONS[self.attention]
         mask = expand_mask(attention_mask)  # (B, 1, T, T) or None
-        for layer in list(self.layers)[start:stop]:  # a slice of a ModuleList would be a new Module
+        for layer in layers:
             hidden, weights = layer(hidden, mask, attend)
             yield hidden, weights
 
