@@ -17,7 +17,8 @@ from minibert.attention import SelfAttention
 from minibert.embeddings import Embeddings
 from minibert.fast_dropout import FastDropout
 from minibert.layers import ACTIVATIONS, EncoderLayer, FeedForward
-from minibert.model import BertModel, NoInitialisation
+from minibert.meta_device import without_numbers
+from minibert.model import BertModel
 
 FUSED_ACTIVATIONS = {"gelu": "gelu", "silu": "swish"}  # in oneDNN's product, by its names (its relu hides NaN)
 
@@ -171,7 +172,7 @@ def is_untouched(model: BertModel) -> bool:
     """
     if model.attention not in ("sdpa", "eager", "packed"):
         return False
-    with torch.device("meta"), NoInitialisation():
+    with without_numbers():
         originals = dict(BertModel(replace(model.config, num_hidden_layers=1)).named_modules())
     for name, part in model.named_modules():
         original = originals.get(re.sub(r"^layers\.\d+", "layers.0", name))

@@ -7,13 +7,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from minibert.attention import ATTENTION_FUNCTIONS, expand_mask
 from minibert.config import BertConfig
 from minibert.embeddings import Embeddings
 from minibert.inputs import check_inputs
 from minibert.layers import EncoderLayer, Pooler
+from minibert.meta_device import without_numbers
 from minibert.outputs import as_tree
 from minibert.packing import PaddedBatch
 from weights import load_checkpoint, resolve, save_checkpoint
@@ -165,7 +165,7 @@ class BertModel(nn.Module):
         config = BertConfig.from_pretrained(directory)
         checkpoint = load_checkpoint(directory)
         has_pooler = any(name.startswith("pooler.") for name in checkpoint.tensors)
-        with torch.device("meta"), NoInitialisation():  # shapes without memory
+        with without_numbers():  # the file has them
             model = cls(config, attention=attention, add_pooling_layer=has_pooler)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         model.load_state_dict(checkpoint.tensors_for(shapes, dtype), assign=True)
@@ -184,7 +184,7 @@ class BertModel(nn.Module):
             CheckpointError: the directory cannot be written, or holds the heads of a MultiTaskModel.
             ValueError: parameters that a BERT with this `config` does not have, or has in another shape.
         """
-        with torch.device("meta"), NoInitialisation():
+        with without_numbers():
             as_configured = BertModel(self.config, add_pooling_layer=self.pooler is not None)
         shapes = {name: parameter.shape for name, parameter in as_configured.named_parameters()}
         save_checkpoint(directory, self.config.to_dict(), self.state_dict(), shapes, other_files)
@@ -214,19 +214,3 @@ def unwrapped(model: nn.Module) -> BertModel:
     if not isinstance(inside, BertModel):
         raise ValueError(f"a {type(inside).__name__} cannot be saved: put the BertModel inside it in its place")
     return inside
-
-
-class NoInitialisation(TorchFunctionMode):
-    """While active, `torch.nn.init` does nothing: for shapes alone. Skip this on a first reading.
-
-    The values come from a file anyway, and normal_ on the meta device imports torch's compiler,
-    which takes a second.
-    """
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return function(*args, **kwargs)
