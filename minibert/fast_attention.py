@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minibert import onednn
+from minibert.amx import HAS_AMX
 from minibert.attention import AttentionFunction, eager_attention, sdpa_attention
 from minibert.fast_dropout import fast_dropout
 
@@ -176,7 +177,7 @@ def fuses_bfloat16(states: Tensor) -> bool:
     (With more threads the number of texts would change its bits.)
     """
     few_threads = torch.get_num_threads() <= FEW_THREADS
-    return onednn.HAS_AMX and states.dtype == torch.bfloat16 and states.is_cpu and few_threads
+    return HAS_AMX and states.dtype == torch.bfloat16 and states.is_cpu and few_threads
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert import onednn
+from minibert import amx, onednn
 from minibert.attention import SelfAttention
 from minibert.embeddings import Embeddings
 from minibert.fast_dropout import FastDropout
@@ -46,6 +46,7 @@ class FusedLinear:
         self.packed = onednn.packs_weights(weight)
         if self.packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+            self.multiply = amx.linear if amx.HAS_AMX and self.dtype == torch.bfloat16 else onednn.linear
         bias = torch.cat([linear.bias[outputs].detach() for linear in linears]).to(dtype)  # (out,)
         if inputs.start:
             bias = torch.zeros_like(bias)  # it belongs to the first inputs
@@ -58,7 +59,7 @@ class FusedLinear:
         if not self.packed:
             product = F.linear(x, self.weight, self.bias)
             return ACTIVATIONS[self.activation](product) if self.activation else product
-        return onednn.linear(x, self.weight, self.bias, self.fused)
+        return self.multiply(x, self.weight, self.bias, self.fused)
 
 
 class FusedAttention:
@@ -130,7 +131,7 @@ class FusedLayer:
         self.attention = FusedAttention(layer.attention, dtype)
         self.attention_norm = _layer_norm(layer.attention_norm)
         down = layer.feed_forward.down.weight  # (H, inner)
-        size = onednn.block(down, dtype or down.dtype)
+        size = amx.longest_sum(down, dtype or down.dtype)
         self.feed_forward: Callable[[Tensor], Tensor] = (
             FeedForwardInParts(layer.feed_forward, hidden_act, dtype, size)
             if size < down.shape[1]

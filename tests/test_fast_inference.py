@@ -30,6 +30,7 @@ from minibert import (
     BertModel,
     SentenceEncoder,
     Tokenizer,
+    amx,
     fast_attention,
     fast_inference,
     onednn,
@@ -56,7 +57,7 @@ needs_bfloat16 = pytest.mark.skipif(
 )
 BFLOAT16 = pytest.param(torch.bfloat16, marks=needs_bfloat16)
 FUSED = fast_attention.fuses_bfloat16(torch.zeros(1, dtype=torch.bfloat16))
-THREADS = (1, 2, 3, 8, 32) if onednn.HAS_AMX else (1, 2, 3, 8)
+THREADS = (1, 2, 3, 8, 32) if amx.HAS_AMX else (1, 2, 3, 8)
 needs_exact = pytest.mark.skipif(not onednn.are_exact(), reason="oneDNN's float32 products are not exact here")
 
 
@@ -248,7 +249,7 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(
     try:
         for threads in THREADS:
             torch.set_num_threads(threads)
-            if inputs > onednn.SHORT_SUM and threads > fast_attention.FEW_THREADS:
+            if inputs > amx.SHORT_SUM and threads > fast_attention.FEW_THREADS:
                 expected = linear(x)  # other bits, but still the same whatever the others are
             for rows in (1, 2, 3, 7, 16, 17, 28, 33, 64, 255, 1024):
                 for start in (0, 1, 13):

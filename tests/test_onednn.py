@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minibert import onednn
+from minibert import amx, onednn
+from minibert.fused_layers import FusedLinear
 from minibert.onednn import are_exact, multiplies, onednn_products, packs_weights, products_through
 
 needs_onednn = pytest.mark.skipif(not are_exact(), reason="oneDNN's float32 products are not exact here")
@@ -140,39 +141,33 @@ def test_threads_that_want_different_libraries_take_turns() -> None:
 
 @pytest.mark.skipif(not packs_weights(torch.empty(0, dtype=torch.bfloat16)), reason="no bfloat16 here")
 @pytest.mark.parametrize(
-    ("has_amx", "rows", "expected"),
+    ("rows", "expected"),
     [
-        (True, 96, [(96, "none")]),
-        (True, 225, [(96, "none"), (96, "none"), (64, "none")]),  # filled up to 256
-        (True, 31, [(32, "unsplit")]),
-        (True, 97, [(96, "none"), (32, "unsplit")]),
-        (True, 50, [(50, "unsplit")]),
-        (False, 225, [(225, "none")]),
+        (96, [(96, "none")]),
+        (225, [(96, "none"), (96, "none"), (64, "none")]),  # filled up to 256
+        (31, [(32, "unsplit")]),
+        (97, [(96, "none"), (32, "unsplit")]),
+        (50, [(50, "unsplit")]),
     ],
 )
 def test_with_amx_rows_are_multiplied_so_that_they_are_summed_alike(
-    monkeypatch: pytest.MonkeyPatch, has_amx: bool, rows: int, expected: list[tuple[int, str]]
+    monkeypatch: pytest.MonkeyPatch, rows: int, expected: list[tuple[int, str]]
 ) -> None:
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(shape).bfloat16() for shape in ((rows, 37), (39, 37), (39,)))
-    product, pieces = onednn._linear, []
+    product, pieces = amx._multiply, []
 
     def spy(piece: torch.Tensor, *rest: Any) -> torch.Tensor:
-        if rest[-1] != "tanh":  # which "unsplit" calls in its turn
-            pieces.append((len(piece), rest[-1]))
+        pieces.append((len(piece), rest[-1]))
         return product(piece, *rest)
 
     ways = {96: "none", 64: "none", 50: "unsplit", 32: "unsplit"}
-    monkeypatch.setattr(onednn, "_linear", spy)
-    monkeypatch.setattr(onednn, "_way", lambda rows, *case: ways.get(rows))
-    monkeypatch.setattr(onednn, "HAS_AMX", has_amx)
-    ours = onednn.linear(x, torch.ops.mkldnn._reorder_linear_weight(weight), bias)
+    monkeypatch.setattr(amx, "_multiply", spy)
+    monkeypatch.setattr(amx, "_way", lambda rows, *case: ways.get(rows))
+    ours = amx.linear(x, torch.ops.mkldnn._reorder_linear_weight(weight), bias)
     assert pieces == expected
     exact = F.linear(x.double(), weight.double(), bias.double())
     torch.testing.assert_close(ours.double(), exact, rtol=8e-3, atol=8e-3)
-    pieces.clear()
-    onednn.linear(x.float(), torch.ops.mkldnn._reorder_linear_weight(weight.float()), bias.float())
-    assert pieces == [(rows, "none")]
 
 
 def test_where_the_products_are_rounded_nothing_is_switched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,3 +198,12 @@ def test_rounding_to_bfloat16_is_noticed(monkeypatch: pytest.MonkeyPatch, rounde
     assert are_exact.__wrapped__() == (not rounded)
     with torch.autocast("cpu", torch.bfloat16):
         assert are_exact.__wrapped__() == (not rounded)
+
+
+@pytest.mark.skipif(not packs_weights(torch.empty(0, dtype=torch.bfloat16)), reason="no bfloat16 here")
+@pytest.mark.parametrize("has_amx", [True, False])
+def test_only_bfloat16_with_amx_is_summed_otherwise(monkeypatch: pytest.MonkeyPatch, has_amx: bool) -> None:
+    monkeypatch.setattr(amx, "HAS_AMX", has_amx)
+    narrow, wide = (FusedLinear(torch.nn.Linear(4, 4), dtype=t) for t in (torch.bfloat16, torch.float32))
+    assert narrow.multiply is (amx.linear if has_amx else onednn.linear)
+    assert wide.multiply is onednn.linear
