@@ -1,8 +1,20 @@
-"""Memory: what the C library does with what was freed, and whether there is any left."""
+"""Memory: what was freed is kept, what is not needed is given back, and whether any is left."""
 
+import ctypes
+import mmap
+from collections.abc import Iterable
+from io import RawIOBase
+from pathlib import Path
+
+import numpy as np
 import torch
+from torch import Tensor
 
 LARGEST_BLOCK = 31 * 2**20  # bytes; glibc learns nothing from blocks above 32 MiB
+MADV_DONTNEED = 4  # <linux/mman.h>; of a page that was written to it would lose that
+# A number for each page of this process; its three highest bits: in memory, swapped out, a file's (proc(5)).
+PAGEMAP = Path("/proc/self/pagemap")
+OF_A_FILE = (0b000, 0b001, 0b101)  # never touched; not in memory; in memory
 
 
 def keep_freed_memory() -> None:
@@ -14,6 +26,33 @@ def keep_freed_memory() -> None:
     costs nothing and tells it. With another C library nothing happens.
     """
     torch.empty(LARGEST_BLOCK, dtype=torch.uint8, device="cpu")
+
+
+def release_memory(tensors: Iterable[Tensor]) -> None:
+    """Gives back the memory of tensors that are mapped from a file; what is used again is mapped again.
+
+    For weights of which another copy was made. On Linux; elsewhere, and for what was written to, nothing. (A
+    first write by another thread in this very moment would be lost.)
+    """
+    try:
+        table = PAGEMAP.open("rb", buffering=0)
+    except OSError:
+        return
+    page, libc = mmap.PAGESIZE, ctypes.CDLL(None)
+    with table:
+        for tensor in tensors:
+            first, end = -(-tensor.data_ptr() // page), (tensor.data_ptr() + tensor.nbytes) // page
+            if tensor.is_cpu and first < end and _are_a_files(table, first, end):
+                libc.madvise(
+                    ctypes.c_void_p(first * page), ctypes.c_size_t((end - first) * page), MADV_DONTNEED
+                )
+
+
+def _are_a_files(table: RawIOBase, first: int, end: int) -> bool:
+    """Whether these pages hold nothing but what is in a file."""
+    table.seek(8 * first)
+    numbers = np.frombuffer(table.read(8 * (end - first)) or b"", np.uint64)
+    return len(numbers) == end - first and bool(np.isin(numbers >> np.uint64(61), OF_A_FILE).all())
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minibert import BertConfig, BertModel
+from minibert.memory import release_memory
 from tests.conftest import TINY, save_random, save_random_bert
 from weights import CheckpointError, load_checkpoint
 from weights.checkpoint import collapse_layers
 from weights.convert import convert
 from weights.key_maps import FAMILIES
-from weights.safetensors_files import read_file, release_memory
+from weights.safetensors_files import read_file
 
 
 @pytest.fixture
@@ -605,8 +606,6 @@ def test_released_weights_take_no_memory_and_are_still_there(
     weight[1_000_000] = -1
     release_memory([weight])
     assert weight[1_000_000] == -1
-    monkeypatch.setattr(
-        "weights.safetensors_files.PAGEMAP", Path(os.devnull)
-    )  # a system that keeps it to itself
+    monkeypatch.setattr("minibert.memory.PAGEMAP", Path(os.devnull))  # a system that keeps it to itself
     release_memory([weight])
     assert weight[1_000_000] == -1

@@ -5,17 +5,13 @@ is copied until it is used and training never touches the file.
 Format: 8 bytes little-endian header length, a JSON header, then the raw tensors.
 """
 
-import ctypes
 import json
-import mmap
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from io import RawIOBase
 from pathlib import Path
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,10 +20,6 @@ from weights.json_files import CheckpointError, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MADV_DONTNEED = 4  # <linux/mman.h>; of a page that was written to it would lose that
-# A number for each page of this process; its three highest bits: in memory, swapped out, a file's (proc(5)).
-PAGEMAP = Path("/proc/self/pagemap")
-OF_A_FILE = (0b000, 0b001, 0b101)  # never touched; not in memory; in memory
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "model.ckpt.index")
 
 
@@ -92,33 +84,6 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} {_what_it_is(path)} ({error}): fetch it again") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def release_memory(tensors: Iterable[Tensor]) -> None:
-    """Gives back the memory of tensors that are mapped from a file; what is used again is mapped again.
-
-    For weights of which another copy was made. On Linux; elsewhere, and for what was written to, nothing. (A
-    first write by another thread in this very moment would be lost.)
-    """
-    try:
-        table = PAGEMAP.open("rb", buffering=0)
-    except OSError:
-        return
-    page, libc = mmap.PAGESIZE, ctypes.CDLL(None)
-    with table:
-        for tensor in tensors:
-            first, end = -(-tensor.data_ptr() // page), (tensor.data_ptr() + tensor.nbytes) // page
-            if tensor.is_cpu and first < end and _are_a_files(table, first, end):
-                libc.madvise(
-                    ctypes.c_void_p(first * page), ctypes.c_size_t((end - first) * page), MADV_DONTNEED
-                )
-
-
-def _are_a_files(table: RawIOBase, first: int, end: int) -> bool:
-    """Whether these pages hold nothing but what is in a file."""
-    table.seek(8 * first)
-    numbers = np.frombuffer(table.read(8 * (end - first)) or b"", np.uint64)
-    return len(numbers) == end - first and bool(np.isin(numbers >> np.uint64(61), OF_A_FILE).all())
 
 
 def no_weights(path: Path) -> str | None:
