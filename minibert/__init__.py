@@ -1,7 +1,17 @@
 """minibert: the encoder, pooling, tokenizing and encoding.
 
-Read the encoder in this order: embeddings.py, attention.py, layers.py, model.py. The letters that
-name the axes of every tensor, (B, T, H) and so on, are explained at the top of embeddings.py.
+The encoder, to be read in this order   embeddings.py  attention.py  layers.py  model.py
+what it is built from and refuses       config.py  inputs.py  meta_device.py  outputs.py
+text -> token ids                       tokenizer.py  tokenizer_files.py
+sentences -> vectors                    sentence_encoder.py  pooling.py  sentence_transformers_files.py
+training                                freezing.py  fast_dropout.py
+
+how that is made fast                   packing.py  fused_layers.py  fast_inference.py
+    its attention, products, memory     fast_attention.py  onednn.py  amx.py  memory.py
+
+python -m minibert                      __main__.py  encode_file.py  text_lines.py  devices.py  parity.py
+
+The letters that name the axes of every tensor, (B, T, H) and so on, are explained in embeddings.py.
 """
 
 from minibert.config import BertConfig
