@@ -12,7 +12,7 @@ from torch import Tensor
 from weights.hub import resolve
 from weights.json_files import CheckpointError, read_config, to_json
 from weights.key_maps import FAMILIES, is_ignored
-from weights.safetensors_files import read_tensors, write_directory
+from weights.safetensors_files import SINGLE, read_tensors, write_directory
 
 HEADS = "heads.json"  # which a MultiTaskModel writes beside its encoder
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that a model may be in
@@ -161,7 +161,7 @@ def save_checkpoint(
     write_directory(
         Path(directory),
         {
-            "model.safetensors": published,
+            SINGLE: published,
             "config.json": to_json(written),
             **(other_files or {}),
         },

@@ -8,7 +8,7 @@ from torch import Tensor
 from weights.hub import OPTIONAL_FILES, TOKENIZER_FILES, resolve
 from weights.json_files import CheckpointError, read_config
 from weights.key_maps import is_ignored
-from weights.safetensors_files import PICKLES, SINGLE, no_weights, write_directory
+from weights.safetensors_files import PICKLE, SINGLE, why_no_weights, write_directory
 
 
 def _is_named_tensor(item: tuple[object, object]) -> bool:
@@ -29,11 +29,11 @@ def convert(name_or_path: str | Path, directory: str | Path) -> None:
     """
     source = resolve(name_or_path)
     read_config(source)  # what could not be loaded afterwards is not converted
-    path = source / PICKLES[0]
+    path = source / PICKLE
     if not path.is_file():
         raise CheckpointError(f"{source} has no {path.name} to convert")
     try:
-        reason = no_weights(path)
+        reason = why_no_weights(path)
         published = None if reason else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error

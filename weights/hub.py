@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from weights.catalog import CATALOG, CatalogEntry, find
-from weights.json_files import CheckpointError, read_config, read_json
-from weights.safetensors_files import INDEX, PICKLES, SINGLE
+from weights.json_files import CheckpointError, read_config
+from weights.safetensors_files import INDEX, NOT_LOADED, PICKLE, SINGLE, read_index
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 # where sentence-transformers says how many tokens a text may have; the first there is counts
@@ -123,10 +123,9 @@ def _cached_snapshots(name: str) -> Iterator[Path]:
 def _can_be_used(snapshot: Path, weights: str, whole: bool) -> bool:
     """Whether a snapshot has all we need: transformers may have fetched less, or other files."""
     if (snapshot / INDEX).is_file():
-        shards = set(map(str, _weight_map(snapshot / INDEX).values()))
-        has_weights = all((snapshot / shard).is_file() for shard in shards)
+        has_weights = all((snapshot / shard).is_file() for shard in set(read_index(snapshot / INDEX).values()))
     else:
-        names = (weights,) if whole else (weights, *PICKLES)
+        names = (weights,) if whole else (weights, *NOT_LOADED)
         has_weights = any((snapshot / name).is_file() for name in names)
     has_tokenizer = any((snapshot / name).is_file() for name in TOKENIZER_FILES)
     return has_weights and (has_tokenizer or not whole) and (snapshot / "config.json").is_file()
@@ -179,11 +178,6 @@ def _fetch_first(repo: str, revision: str, *files: str, cache: Path | None = Non
     return None
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    return weight_map if isinstance(weight_map, dict) else {}
-
-
 def download(name: str) -> Path:
     """Fetches a catalog name or `org/name` into the Hugging Face cache and checks pinned digests.
 
@@ -204,9 +198,9 @@ def download(name: str) -> Path:
         read_config(snapshot)  # a model of another type is refused before its weights are fetched
         for file in (*TOKENIZER_FILES, *OPTIONAL_FILES):
             _fetch_first(repo, revision, file)
-        weights = _fetch_first(repo, revision, *([entry.file] if entry else [SINGLE, INDEX, PICKLES[0]]))
+        weights = _fetch_first(repo, revision, *([entry.file] if entry else [SINGLE, INDEX, PICKLE]))
         if weights is not None and weights.name == INDEX:
-            for shard in sorted(set(_weight_map(weights).values())):
+            for shard in sorted(set(read_index(weights).values())):
                 hf_hub_download(repo, shard, revision=revision)
     except CheckpointError:
         raise

@@ -20,7 +20,8 @@ from weights.json_files import CheckpointError, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "model.ckpt.index")
+PICKLE = "pytorch_model.bin"
+NOT_LOADED = (PICKLE, "pytorch_model.bin.index.json", "tf_model.h5", "model.ckpt.index")
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -36,10 +37,10 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         return read_file(directory / SINGLE)
     if (directory / INDEX).is_file():
         return _read_shards(directory / INDEX)
-    other = next((name for name in PICKLES if (directory / name).is_file()), None)
-    if other == "pytorch_model.bin":
+    other = next((name for name in NOT_LOADED if (directory / name).is_file()), None)
+    if other == PICKLE:
         raise CheckpointError(
-            f"{directory} holds its weights only as pytorch_model.bin (a pickle, which is not loaded): "
+            f"{directory} holds its weights only as {PICKLE} (a pickle, which is not loaded): "
             f"convert it with `python -m minibert convert {directory} NEW_DIRECTORY` and load that"
         )
     found = f"only {other}" if other else f"neither {SINGLE} nor {INDEX}"
@@ -48,11 +49,17 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     raise CheckpointError(f"{directory} holds {found}: {way_out}")
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def read_index(index: Path) -> dict[str, str]:
+    """Which shard holds each tensor. Raises CheckpointError where the index does not say."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map: it does not say which shard holds what")
-    shards = sorted(set(map(str, weight_map.values())))
+    return {key: str(shard) for key, shard in weight_map.items()}
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    weight_map = read_index(index)
+    shards = sorted(set(weight_map.values()))
     # a path that leads out of the directory is none that was published
     missing = [s for s in shards if ".." in s or Path(s).anchor or not (index.parent / s).is_file()]
     if missing:
@@ -86,8 +93,8 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def no_weights(path: Path) -> str | None:
-    """What a file is that holds no weights in any format, from its first bytes."""
+def why_no_weights(path: Path) -> str | None:
+    """What a file is instead of weights, told by its first bytes; None if it may hold some."""
     with path.open("rb") as file:
         head = file.read(256)
     if not head:
@@ -101,7 +108,7 @@ def no_weights(path: Path) -> str | None:
 
 def _what_it_is(path: Path) -> str:
     """Says why safetensors refuses a file, from its size and first bytes."""
-    if reason := no_weights(path):
+    if reason := why_no_weights(path):
         return reason
     size = path.stat().st_size
     with path.open("rb") as file:
