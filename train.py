@@ -332,7 +332,6 @@ def run_all(options: Options, processes: Processes, held: ExitStack) -> None:
         run = open_run(options, model, processes, held) if options.output else None
     else:
         plan = options.plan()
-        plan.apply(model, progress.epoch)
         check_settings(options, plan, model, sets)
         if processes.is_first:
             print(f"\n{summary(plan, model, progress.epoch)}\n", flush=True)

@@ -205,8 +205,9 @@ class MultiTaskModel(nn.Module):
         settings = read_json(directory / HEADS).get("heads")
         if not isinstance(settings, dict):
             raise CheckpointError(f"{directory / HEADS} has no `heads`: save_pretrained did not write it")
-        has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
         encoder = BertModel.from_pretrained(directory, attention=attention, dtype=dtype)
+        has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
+        tokenizer = Tokenizer.from_pretrained(directory) if has_tokenizer else None
         given = dict(heads or {})
         if unknown := sorted(given.keys() - settings.keys()):
             raise ValueError(f"{directory} has no head {unknown[0]!r}, it has: {', '.join(settings)}")
@@ -215,14 +216,8 @@ class MultiTaskModel(nn.Module):
                 name: given[name] if name in given else _build_head(name, sizes)
                 for name, sizes in settings.items()
             }
-            model = cls(
-                encoder,
-                built,
-                labels={name: sizes["labels"] for name, sizes in settings.items() if "labels" in sizes},
-                tokenizer=Tokenizer.from_pretrained(directory) if has_tokenizer else None,
-            )
-        except CheckpointError:
-            raise
+            labels = {name: sizes["labels"] for name, sizes in settings.items() if "labels" in sizes}
+            model = cls(encoder, built, labels=labels, tokenizer=tokenizer)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{directory / HEADS}: {error}") from error
         try:

@@ -109,8 +109,8 @@ class RunDirectory:
         if progress is not None:
             with _writing(self.log_file), self.log_file.open("ab") as file:
                 os.fsync(file.fileno())  # it must not be shorter than this after a power cut
-                progress.metrics_bytes = file.tell()
-            write_directory(fresh, {STATE: state or {}, PROGRESS: to_json(asdict(progress))})
+                values = asdict(progress) | {"metrics_bytes": file.tell()}
+            write_directory(fresh, {STATE: state or {}, PROGRESS: to_json(values)})
         with _writing(place):
             shutil.rmtree(old, ignore_errors=True)
             if place.exists():

@@ -159,8 +159,7 @@ def merge(output: Path) -> int:
     cut = 0
     for shard in wanted:
         start, stop = shard.rows(lines)
-        _check_whole(shards[shard], task | {"start": start, "stop": stop, "done": stop - start})
-        cut += _read_record(shards[shard])["cut"]
+        cut += _check_whole(shards[shard], task | {"start": start, "stop": stop, "done": stop - start})["cut"]
     part = Path(f"{output}.merging")
     with alone(part):
         _create(part, lines, width)
@@ -252,8 +251,8 @@ def _rows_done(part: Path, task: dict[str, Any], resume: bool) -> tuple[int, int
     return done, record["cut"]
 
 
-def _check_whole(file: Path, task: dict[str, Any]) -> None:
-    """Raises ValueError, saying what differs, unless record and array of `file` are those of `task`."""
+def _check_whole(file: Path, task: dict[str, Any]) -> dict[str, Any]:
+    """The record of `file`. Raises ValueError, saying what differs, unless it and array are of `task`."""
     record = _read_record(file)
     changed = [
         f"another {key}" if key in ("text", "model") else f"{key} was {record.get(key)}, is {task[key]}"
@@ -271,6 +270,7 @@ def _check_whole(file: Path, task: dict[str, Any]) -> None:
         raise ValueError(
             f"{file} holds {array.dtype} {array.shape}, not float32 {shape}: remove it and encode it again"
         )
+    return record
 
 
 def _create(file: Path, rows: int, width: int) -> None:

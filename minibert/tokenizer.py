@@ -131,18 +131,16 @@ class Tokenizer:
 
     def token_ids(self, texts: str | Sequence[str], *, max_length: int | None = None) -> list[list[int]]:
         """The ids of each text, cut but not padded. Raises as `__call__`, but takes an empty list."""
-        ids, cut = self.token_ids_and_cuts(as_list(texts), max_length=max_length)
-        self.warn_if_cut(cut, len(ids), max_length)
-        return ids
+        rows, cut = self._encode(as_list(texts), None, max_length)
+        self.warn_if_cut(cut, len(rows), max_length)
+        return [row.ids for row in rows]
 
-    def token_ids_and_cuts(
-        self, texts: list[str], *, first: int = 0, max_length: int | None = None
-    ) -> tuple[list[list[int]], int]:
+    def token_ids_and_cuts(self, texts: list[str], *, first: int) -> tuple[list[list[int]], int]:
         """The ids of each text, and how many texts were cut, without a warning: for texts in blocks.
 
         `first` is what the first of them is called in an error.
         """
-        rows, cut = self._encode(texts, None, max_length, first)
+        rows, cut = self._encode(texts, None, None, first)
         return [row.ids for row in rows], cut
 
     def warn_if_cut(self, cut: int, texts: int, max_length: int | None = None) -> None:
