@@ -170,14 +170,16 @@ def train(
 
                 mine = processes.share(batch)
                 labels = {task: mine.pop(f"labels.{task}") for task in model.heads}
+                # gradients are averaged over the processes, so each divides by its part of the common count
                 shares = {task: count / processes.count for task, count in counts.items()}
                 with processes.autocast():
                     objective, losses, logits = parallel(mine, labels, sets["train"].depth, shares)
                 hits = [float((logits[task].argmax(1) == labels[task]).sum()) for task in labels]
-                sums = processes.totals(
-                    [*(float(x.detach()) for x in losses.values()), *hits, float(len(caught))]
+                *sums, signals = processes.totals(  # of all processes, in one exchange
+                    [*(loss.item() for loss in losses.values()), *hits, float(len(caught))]
                 )
-                means = {task: value / processes.count for task, value in zip(losses, sums, strict=False)}
+                mean_losses = [total / processes.count for total in sums[: len(losses)]]
+                means, hits = dict(zip(losses, mean_losses, strict=True)), sums[len(losses) :]
                 for task, value in means.items():
                     check_finite(f"loss of {task}", value, record)
                 objective.backward()
@@ -188,16 +190,15 @@ def train(
 
                 progress.step += 1
                 progress.batch += 1
-                for task, hit in zip(losses, sums[len(losses) :], strict=False):
-                    progress.count(task, means[task] * counts[task], hit, counts[task])
+                for (task, mean), hit in zip(means.items(), hits, strict=True):
+                    progress.count(task, mean * counts[task], hit, counts[task])
                 if processes.is_first:
                     run.log({**record, "losses": means})
                 bar.note(sum(means.values()), int(batch["attention_mask"].sum()))
                 bar.advance()
-                interrupted = sums[-1] > 0  # in any process
-                if interrupted or (options.save_every and progress.step % options.save_every == 0):
+                if signals or (options.save_every and progress.step % options.save_every == 0):
                     save()
-                if interrupted:
+                if signals:
                     raise KeyboardInterrupt(run.path)
             bar.close()
             title = f"{title}, step {progress.step}{bar.speed()}"
@@ -375,10 +376,10 @@ def check_settings(
     if task and task not in model.heads:
         raise ValueError(f"--metric {options.metric}: no task {task!r}, there are: {', '.join(model.heads)}")
     judged = [task] if task else list(model.heads)
-    if not any((sets["validation"].labels[name] != MISSING).any() for name in judged):
+    if not any(sets["validation"].has_labels(name) for name in judged):
         raise ValueError(f"--metric {options.metric}: no validation sentence has a label for it")
     for task in judged:
-        if not (sets["validation"].labels[task] != MISSING).any():
+        if not sets["validation"].has_labels(task):
             warnings.warn(
                 f"no validation sentence has a label for {task}: best/ is chosen without it", stacklevel=1
             )
@@ -387,7 +388,7 @@ def check_settings(
         if f"heads.{task}" not in trained:
             if trained and not (resolve(options.model) / HEADS).is_file():
                 warnings.warn(f"--freeze {options.freeze} leaves the new head {task} random", stacklevel=1)
-        elif not (sets["train"].labels[task] != MISSING).any():
+        elif not sets["train"].has_labels(task):
             warnings.warn(
                 f"no training sentence has a label for {task}: --freeze head:{task} keeps its head",
                 stacklevel=1,

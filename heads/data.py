@@ -307,6 +307,10 @@ class SentenceDataset:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def has_labels(self, task: str) -> bool:
+        """Whether any sentence has a label for this task."""
+        return bool((self.labels[task] != MISSING).any())
+
     def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """A batch: `attention_mask` (B, T), `labels.TASK` (B,), and `input_ids` (B, T) or `features`."""
         rows = [self.ids[i] for i in indices]
