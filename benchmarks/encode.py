@@ -80,9 +80,7 @@ print(1024 * (kilobytes("VmHWM") - before))  # ru_maxrss can be that of the proc
 """
 
 
-def read_words(path: Path | None) -> list[str]:
-    if path is not None:
-        return path.read_text(encoding="utf-8").split()
+def read_words() -> list[str]:
     with DEMO.open(encoding="utf-8", newline="") as file:
         return [word for row in csv.DictReader(file) for word in row["text"].split()]
 
@@ -338,7 +336,7 @@ def measure(
         yield f"{kind}: {len(texts)} texts, {sum(lengths):,} tokens", rows
     yield "one short sentence", latency(contenders, arguments.rounds)
     compared = {name: f for name, f in contenders.items() if name in (FLOAT32, BFLOAT16, ST)}
-    yield "same bits", same_bits(compared, make_texts(words, "short", arguments.bits))
+    yield "same bits", same_bits(compared, make_texts(words, "short", 200))
 
 
 def machine() -> dict[str, str | int]:
@@ -356,14 +354,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few texts, 2 rounds, MiniLM only")
     parser.add_argument("--model", help="a directory or name, instead of MiniLM and the bert-base-sized model")
-    parser.add_argument("--text", type=Path, help="take the words from this file (default: heads/demo.csv)")
     parser.add_argument("--rounds", type=int, help="default: 5, or 2 with --quick")
-    parser.add_argument("--bits", type=int, default=200, help="sentences compared bit by bit (default: 200)")
     parser.add_argument("--output", type=Path, default=Path("encode.json"), help="default: %(default)s")
     arguments = parser.parse_args()
     arguments.rounds = arguments.rounds or (2 if arguments.quick else 5)
     warnings.filterwarnings("ignore", message=".* texts cut to")
-    words = read_words(arguments.text)
+    words = read_words()
     results: dict[str, Any] = {"machine": machine()}
     print(", ".join(f"{name} {value}" for name, value in results["machine"].items()))
     with tempfile.TemporaryDirectory() as temporary:

@@ -222,7 +222,7 @@ def main() -> None:
         if importlib.util.find_spec(library) is None:
             raise SystemExit(f'{library} is not installed: pip install -e ".[test]"')
     warnings.filterwarnings("ignore", message=".* texts cut to")
-    words, share = read_words(None), 8 if arguments.quick else 1
+    words, share = read_words(), 8 if arguments.quick else 1
     results: dict[str, Any] = {"machine": machine() | {"GPU": torch.cuda.get_device_name()}}
     print(", ".join(f"{name} {value}" for name, value in results["machine"].items()))
     with tempfile.TemporaryDirectory() as temporary:
