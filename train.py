@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from heads import MISSING, MLPHead, MultiTaskLoss, MultiTaskModel
 from heads.data import SPLITS, DataError, Example, SentenceDataset, epoch_batches, fingerprint, label_names
-from heads.evaluation import baseline, evaluate, evaluation_batches, score
+from heads.evaluation import evaluate, evaluation_batches, majority_accuracies, score
 from heads.features import compute, fill, size_in_bytes
 from heads.options import Options, read_options
 from heads.processes import FirstFailedError, Processes, catching_interrupts
@@ -212,7 +212,7 @@ def train(
             progress.next_epoch(finished=stop or epoch + 1 == len(epochs))
             save(record, best=better)
             if processes.is_first:
-                print_epoch(title, record, baseline(sets, "validation"))
+                print_epoch(title, record, majority_accuracies(sets, "validation"))
             if stop:
                 break
             if any(processes.totals([float(len(caught))])):
@@ -317,7 +317,7 @@ def run_all(options: Options, processes: Processes, held: ExitStack) -> None:
     run = None
     if options.resume:
         run = RunDirectory(str(options.output))
-        processes.from_first(partial(held.enter_context, run.alone()))
+        processes.from_first(partial(held.enter_context, run.locked()))
         processes.from_first(run.recover)
         progress, state = run.load(progress)
     start = replace(options, model=f"{options.output}/last") if state else options
@@ -402,7 +402,7 @@ def open_run(options: Options, model: MultiTaskModel, processes: Processes, held
         path = Path(options.output) if options.output else next_directory()
         run = RunDirectory(path)
         if not options.resume:
-            held.enter_context(run.alone())
+            held.enter_context(run.locked())
         taken = [name for name in ("config.json", "metrics.jsonl", "best", "last") if (path / name).exists()]
         if taken and not options.resume:
             raise ValueError(
@@ -442,7 +442,7 @@ def finish(
     for name in (name for name in SPLITS[1:] if name in sets):
         sets[name].forget_features()
         results[name] = evaluate(model, sets[name], processes)
-        majorities[name] = baseline(sets, name)
+        majorities[name] = majority_accuracies(sets, name)
     if run is not None:
         plan = "evaluated only" if options.eval_only else summary(options.plan(), model, epoch)
         write_report(run, results, labels=model.labels, majorities=majorities, plan=plan)

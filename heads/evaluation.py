@@ -48,7 +48,7 @@ def score(metrics: Mapping[str, TaskMetrics], name: str) -> float:
     return (-1.0 if metric == "loss" else 1.0) * sum(known) / len(known)
 
 
-def baseline(sets: Mapping[str, SentenceDataset], name: str) -> dict[str, float | None]:
+def majority_accuracies(sets: Mapping[str, SentenceDataset], name: str) -> dict[str, float | None]:
     """The accuracy on a set of always answering what is most frequent in training; None where unknown."""
     labels = sets[name].labels
     if "train" not in sets:

@@ -24,7 +24,7 @@ from heads.multitask import MultiTaskModel
 from heads.training_state import Progress
 from weights import CheckpointError
 from weights.json_files import read_json, to_json
-from weights.locks import alone
+from weights.locks import locked
 from weights.safetensors_files import read_file, write_directory
 
 PROGRESS = "training.json"
@@ -43,11 +43,11 @@ class RunDirectory:
         self.log_file = self.path / "metrics.jsonl"
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Makes the directory and keeps other processes out of it. Raises ValueError if one is at it."""
         with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        with alone(self.path / "last"):
+        with locked(self.path / "last"):
             yield
 
     def recover(self) -> None:

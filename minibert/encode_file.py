@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from minibert.sentence_encoder import SentenceEncoder
 from minibert.text_lines import Lines, read_lines
 from weights.json_files import read_json, to_json
-from weights.locks import alone
+from weights.locks import locked
 
 SHARD_NAME = re.compile(r"-(\d{5})-of-(\d{5})")
 
@@ -98,7 +98,7 @@ def encode_file(
     }
     target = shard.file(output) if shard else output
     part = Path(f"{target}.part")
-    with alone(part):
+    with locked(part):
         _tidy(part, target)
         if resume and not record_file(part).is_file() and target.is_file() and record_file(target).is_file():
             _check_whole(target, task)
@@ -161,7 +161,7 @@ def merge(output: Path) -> int:
         start, stop = shard.rows(lines)
         cut += _check_whole(shards[shard], task | {"start": start, "stop": stop, "done": stop - start})["cut"]
     part = Path(f"{output}.merging")
-    with alone(part):
+    with locked(part):
         _create(part, lines, width)
         try:
             for shard in wanted:

@@ -32,17 +32,17 @@ MOST_SINGLY = 2  # so few left over take no longer than rounding up to whole vec
 WHOLE_FROM, WHOLE_FROM_BFLOAT16 = 65, 12
 
 
-def fastest_attention(states: Tensor, length: int, dropout_p: float) -> AttentionFunction:
+def choose_attention(states: Tensor, length: int, dropout_p: float) -> AttentionFunction:
     """For texts of `length` tokens each, without a mask, on states like these, (..., D)."""
     head_size = states.shape[-1]
     if dropout_p and states.is_cpu:  # the fused attention would draw torch's own numbers
         return partial(eager_attention, dropout=fast_dropout)
     if not onednn.multiplies(states, length):
-        return fused_attention(states, length)
+        return choose_fused_attention(states, length)
     if torch.is_grad_enabled():
         return eager_attention
     small = states.dtype == torch.float32 and length * length * head_size <= MKL_MULTIPLICATIONS
-    return fused_attention(states, length) if small or fuses_bfloat16(states) else onednn_attention
+    return choose_fused_attention(states, length) if small or fuses_bfloat16(states) else onednn_attention
 
 
 def onednn_attention(
@@ -94,7 +94,7 @@ def _step(number: int) -> int:
     return 1 << max(number.bit_length() - 3, 0)
 
 
-def fused_attention(states: Tensor, length: int) -> AttentionFunction:
+def choose_fused_attention(states: Tensor, length: int) -> AttentionFunction:
     """`sdpa_attention`, with what it needs around it for so many tokens and states like these."""
     if not states.is_cpu:
         return sdpa_attention

@@ -26,7 +26,7 @@ from minibert.packing import PackedBatch, Packing
 
 # Per batch, at most: tokens, and numbers (tokens * H), which on a CPU fit its caches. See docs/performance.md.
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 65536}
-NUMBERS = {"cpu": 2048 * 768, "cuda": 32768 * 768}
+NUMBER_BUDGET = {"cpu": 2048 * 768, "cuda": 32768 * 768}
 SAMPLE = 16  # numbers of each Linear's matrix, in one line of the cache, that tell whether it has changed
 
 
@@ -153,7 +153,7 @@ def run_texts(
 def token_budget(config: BertConfig, device: torch.device) -> int:
     """How many tokens make a batch."""
     kind = "cpu" if device.type == "cpu" else "cuda"
-    return min(TOKEN_BUDGET[kind], NUMBERS[kind] // config.hidden_size)
+    return min(TOKEN_BUDGET[kind], NUMBER_BUDGET[kind] // config.hidden_size)
 
 
 def in_batches(

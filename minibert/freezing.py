@@ -239,7 +239,7 @@ def set_groups(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, A
     for group in wanted:
         if "plan_lr" in group:
             group["plan_lr"] = group["lr"]  # which may have been set by hand
-    if len(wanted) == len(optimizer.param_groups) and all(map(_is, optimizer.param_groups, wanted)):
+    if len(wanted) == len(optimizer.param_groups) and all(map(_is_same_group, optimizer.param_groups, wanted)):
         return
     optimizer.param_groups.clear()
     for group in wanted:
@@ -254,7 +254,7 @@ def _listed(parameters: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Ten
     return [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
 
 
-def _is(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+def _is_same_group(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether an optimizer's group is this one, with its rate, or what a scheduler has made of it."""
     given = {**new, "params": [id(parameter) for parameter in new["params"]]}
     has = {**old, "params": [id(parameter) for parameter in old["params"]]}

@@ -14,7 +14,7 @@ LARGEST_BLOCK = 31 * 2**20  # bytes; glibc learns nothing from blocks above 32 M
 MADV_DONTNEED = 4  # <linux/mman.h>; of a page that was written to it would lose that
 # A number for each page of this process; its three highest bits: in memory, swapped out, a file's (proc(5)).
 PAGEMAP = Path("/proc/self/pagemap")
-OF_A_FILE = (0b000, 0b001, 0b101)  # never touched; not in memory; in memory
+FILE_ONLY = (0b000, 0b001, 0b101)  # never touched; not in memory; in memory
 
 
 def keep_freed_memory() -> None:
@@ -42,17 +42,17 @@ def release_memory(tensors: Iterable[Tensor]) -> None:
     with table:
         for tensor in tensors:
             first, end = -(-tensor.data_ptr() // page), (tensor.data_ptr() + tensor.nbytes) // page
-            if tensor.is_cpu and first < end and _are_a_files(table, first, end):
+            if tensor.is_cpu and first < end and _hold_only_a_file(table, first, end):
                 libc.madvise(
                     ctypes.c_void_p(first * page), ctypes.c_size_t((end - first) * page), MADV_DONTNEED
                 )
 
 
-def _are_a_files(table: RawIOBase, first: int, end: int) -> bool:
+def _hold_only_a_file(table: RawIOBase, first: int, end: int) -> bool:
     """Whether these pages hold nothing but what is in a file."""
     table.seek(8 * first)
     numbers = np.frombuffer(table.read(8 * (end - first)) or b"", np.uint64)
-    return len(numbers) == end - first and bool(np.isin(numbers >> np.uint64(61), OF_A_FILE).all())
+    return len(numbers) == end - first and bool(np.isin(numbers >> np.uint64(61), FILE_ONLY).all())
 
 
 def is_out_of_memory(error: Exception) -> bool:

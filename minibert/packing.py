@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minibert.attention import AttentionFunction, sdpa_attention
 from minibert.config import BertConfig
-from minibert.fast_attention import fastest_attention, has_varlen, varlen_attention
+from minibert.fast_attention import choose_attention, has_varlen, varlen_attention
 from minibert.inputs import check_ids
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Packing:
         """One for each run, chosen for the first layer that asks."""
         case = (states.dtype, dropout_p, torch.is_grad_enabled())
         if case not in self._chosen:
-            self._chosen[case] = [fastest_attention(states, length, dropout_p) for _, length in self.runs]
+            self._chosen[case] = [choose_attention(states, length, dropout_p) for _, length in self.runs]
         return self._chosen[case]
 
     def mean(self, hidden: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from minibert import SentenceEncoder, sentence_encoder
 from minibert.__main__ import main
 from weights.json_files import read_json
-from weights.locks import alone
+from weights.locks import locked
 
 LINES = [f"sentence {i} " + "is long " * (i * 7 % 5) for i in range(23)]
 
@@ -127,7 +127,7 @@ def test_a_disk_that_is_full_in_the_middle(
 def test_where_there_are_no_locks(small: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On Windows a file that is open cannot be removed: there is to be none."""
     monkeypatch.setattr("weights.locks.fcntl", None)
-    with alone(text):
+    with locked(text):
         assert not files(text)
     assert encode(small, text) == 0
 

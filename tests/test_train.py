@@ -654,7 +654,7 @@ def test_the_next_free_directory(small: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_a_run_has_one_process(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = main("run", "--epochs 1")
-    with RunDirectory(run).alone():
+    with RunDirectory(run).locked():
         assert train.main(f"--output {run} --resume".split()) == 2
         main("new", "--epochs 1")
     assert "last is being written by another process: wait for it or stop it" in capsys.readouterr().err

@@ -13,7 +13,7 @@ except ModuleNotFoundError:  # Windows
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Raises ValueError if another process is in here with this path.
 
     (Not noticed on Windows, nor on file systems without locks.)
