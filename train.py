@@ -120,12 +120,12 @@ def train(
     plan, epochs = options.plan(), all_batches(options, sets["train"])
     total = sum(map(len, epochs))
     step = TrainingStep(model, build_loss(options, model).to(processes.device))
-    fused = options.fast or None  # rounds differently
+    fused = options.fast or None  # None: torch's default, which rounds as the reference does; fused does not
     optimizer = torch.optim.AdamW(parameter_groups(plan, step, progress.epoch), fused=fused)
     if not state and not processes.is_first:
         torch.manual_seed(options.seed + processes.rank)  # other dropout than in the first process
     restore(state, step, optimizer, processes)
-    state.clear()  # mapped from a file that is going to be replaced
+    state.clear()  # its tensors are views of last/'s file, which the next save replaces
     depths = [plan.frozen_depth(model, epoch) for epoch in range(len(epochs))]
 
     def save(record: dict[str, Any] | None = None, *, best: bool = False) -> None:

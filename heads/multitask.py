@@ -26,7 +26,7 @@ from weights.safetensors_files import read_file
 
 TENSORS = "heads.safetensors"
 BATCH_SIZE = 32  # where `predict` pads
-# Methods of nn.Module that torch does not call for the parts of a module.
+# Methods of nn.Module that are called on whole models only: inside `Heads` a task may have their names.
 CONVERSIONS = ("type", "half", "float", "double", "bfloat16")
 
 

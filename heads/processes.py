@@ -117,7 +117,7 @@ class Processes:
         return states
 
     def set_random_state(self, rank_and_kind: str, state: Tensor) -> None:
-        """The inverse, given `RANK/KIND`; another process's is none of ours."""
+        """Takes back one of `random_states`, named RANK/KIND; does nothing if it is another process's."""
         if rank_and_kind == f"{self.rank}/cpu":
             torch.set_rng_state(state)
         elif rank_and_kind == f"{self.rank}/cuda" and self.device.type == "cuda":

@@ -100,7 +100,7 @@ class Bar:
         self.tokens = 0
 
     def note(self, loss: float, tokens: int) -> None:
-        """What the next step to be counted was."""
+        """The loss and tokens of a step, shown with the speed when `advance` counts it."""
         self.tokens += tokens
         self.bar.set_postfix_str(f"loss {loss:.3f}{self.speed()}", refresh=False)
 

@@ -202,7 +202,7 @@ def _fingerprint(encoder: SentenceEncoder) -> str:
 
 
 def _tidy(part: Path, target: Path) -> None:
-    """Ends what a kill between the two renames of `_publish` left, or a user who removed only the array."""
+    """Finishes a `_publish` that was killed between its renames; removes a record whose array is gone."""
     if record_file(part).is_file() and not part.is_file():
         if target.is_file() and not record_file(target).is_file():
             record_file(part).replace(record_file(target))

@@ -69,7 +69,8 @@ def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> FastModel |
 class _Kept:
     """A fast copy and what it was made from; an attribute of its model, but not copied or pickled with it.
 
-    `memory` is there so that no later parameter has its numbers where one of these had them.
+    `memory` keeps the parameters' memory alive: its addresses are compared, and what is freed could become
+    another parameter's.
     """
 
     def __init__(

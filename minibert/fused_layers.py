@@ -83,9 +83,9 @@ class FusedAttention:
 
 
 class FusedFeedForward:
-    """`FeedForward` with its activation in the first product, where oneDNN has it; or a `part` of it.
+    """`FeedForward` with its activation in the first product, where oneDNN has it.
 
-    A part has some of the inner numbers.
+    With `part` only with these of its inner numbers, which `up` puts out and `down` takes in.
     """
 
     __call__ = FeedForward.forward

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from minibert.attention import AttentionFunction, SelfAttention
 from minibert.config import BertConfig
 
-# MKL's tanh, if a process first calls it in several threads at once, may be wrong by 5e-5 in one of them.
+# Called here, by one thread: where several make a process's first call of MKL's tanh, one may err by 5e-5.
 torch.tanh(torch.zeros(64, dtype=torch.float32, device="cpu"))
 
 

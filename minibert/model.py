@@ -190,7 +190,7 @@ class BertModel(nn.Module):
         save_checkpoint(directory, self.config.to_dict(), self.state_dict(), shapes, other_files)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        """`.to(...)`, `.half()`: what `encode` keeps of the old weights goes with them."""
+        """What `.to(...)`, `.half()` and their like call: `encode`'s copy of the old weights is dropped."""
         vars(self).pop("_kept", None)
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call,no-any-return]
 

@@ -9,9 +9,9 @@ Output = TypeVar("Output")
 
 
 def as_tree(kind: type[Output]) -> type[Output]:
-    """Of a dataclass: torch.func and DistributedDataParallel see its fields, as those of a tuple.
+    """Decorates a dataclass, so that torch.func and DistributedDataParallel find the tensors in its fields.
 
-    (With `static_graph=True` DistributedDataParallel would not average gradients otherwise.)
+    (Without it DistributedDataParallel with `static_graph=True` would not average gradients.)
     """
     names = [each.name for each in fields(kind)]  # type: ignore[arg-type]
     register_pytree_node(

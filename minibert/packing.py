@@ -190,9 +190,9 @@ def _has_one_kernel(states: Tensor, dropout_p: float) -> bool:
 
 
 def send(array: "NDArray[np.int64]", device: torch.device) -> Tensor:
-    """As a tensor on `device`, without waiting for what a GPU is at work on.
+    """As a tensor on `device`; does not wait until a GPU has finished what it was given before.
 
-    numpy takes one thread to copy, torch would take all, which are busy tokenizing what a GPU gets next.
+    The copy is numpy's, by one thread: torch's would take all, which are tokenizing the next block.
     """
     if device.type != "cuda":
         return torch.from_numpy(array).to(device)

@@ -23,7 +23,8 @@ WORDPIECE = {
     "continuing_subword_prefix": "##",
     "max_input_chars_per_word": 100,
 }
-# Of these transformers reads the vocabulary, and takes all else from the settings. None: named nowhere.
+# Values of `tokenizer_class` for which transformers reads the vocabulary alone and builds a BertTokenizer by
+# tokenizer_config.json, whatever else tokenizer.json holds. None: no value at all.
 BERT_CLASSES = (
     None,
     *("BertTokenizer", "BertTokenizerFast"),

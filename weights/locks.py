@@ -26,7 +26,7 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process is killed
             if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                raise BlockingIOError  # it was another's, who has removed it, and there is a new one
+                raise BlockingIOError  # its owner removed it meanwhile: ours is a lock on a file without a name
         except (BlockingIOError, FileNotFoundError):
             raise ValueError(f"{path} is being written by another process: wait for it or stop it") from None
         except OSError as error:
