@@ -60,10 +60,12 @@ def _refuse_other_states(path: Path) -> None:
     settings = read_json(path) if path.is_file() else {}
     if settings.get("processing_kwargs"):
         raise CheckpointError(f"{path}: processing_kwargs {settings['processing_kwargs']} are not supported")
-    text = (settings.get("modality_config") or {}).get("text") or {}
-    state = text.get("method_output_name", "last_hidden_state")
+    try:
+        state = settings["modality_config"]["text"]["method_output_name"]
+    except (KeyError, TypeError):  # nothing is said
+        return
     if state != "last_hidden_state":
-        raise CheckpointError(f"{path} asks for {state}, only for last_hidden_state is supported")
+        raise CheckpointError(f"{path} asks for {state}, only last_hidden_state is supported")
 
 
 def _read_pooling(path: Path) -> str:

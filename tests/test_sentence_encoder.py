@@ -315,7 +315,7 @@ def test_prompts_and_truncation_are_refused(minilm: Path, tmp_path: Path, settin
     [
         (
             {"modality_config": {"text": {"method_output_name": ["hidden_states", -2]}}},
-            r"for \['hidden_states', -2\]",
+            r"asks for \['hidden_states', -2\]",
         ),
         ({"processing_kwargs": {"text": {"max_length": 8}}}, "processing_kwargs .* are not supported"),
     ],
