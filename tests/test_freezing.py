@@ -236,6 +236,18 @@ def test_a_scheduler_goes_on_until_something_is_thawed(model: MultiTaskModel) ->
         assert [group["lr"] for group in optimizer.param_groups] == [lr]
 
 
+def test_without_an_epoch_it_is_the_first(model: MultiTaskModel) -> None:
+    plan = FreezePlan("gradual", layer_lr_decay=0.0)
+    heads = ["heads.type", "heads.sentiment"]
+    assert plan.trained(model) == heads
+    plan.apply(model)
+    chosen = [p for group in plan.optimizer_groups(model) for p in group["params"]]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {*map(id, chosen)} == {*map(id, trained)} == {*map(id, model.heads.parameters())}
+    assert plan.frozen_depth(model) == len(model.encoder.layers)
+    assert [line.split()[0] for line in plan.summary(model).splitlines() if "trained " in line] == heads
+
+
 def test_rates_set_by_hand_count(model: MultiTaskModel) -> None:
     plan = FreezePlan("backbone", head_lr=1.0)
     optimizer = torch.optim.AdamW(plan.optimizer_groups(model))
