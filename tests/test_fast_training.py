@@ -100,6 +100,15 @@ def test_one_call_attends_to_all_lengths(kind: str) -> None:
     assert not texts.attend_padded(query, key, value, dropout_p=1.0).any()
 
 
+def test_without_a_mask_nothing_is_left_out(small: Path) -> None:
+    input_ids = torch.randint(1, 30522, (3, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, exact = (
+            BertModel.from_pretrained(small, attention=kind)(input_ids) for kind in ("packed", "sdpa")
+        )
+    torch.testing.assert_close(ours.last_hidden_state, exact.last_hidden_state, atol=1e-5, rtol=0)
+
+
 @needs_a_gpu
 @pytest.mark.parametrize("kind", ["random", "full"])
 def test_on_a_gpu_lengths_share_a_call(minilm: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
