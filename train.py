@@ -178,7 +178,7 @@ def train(
                 *sums, signals = processes.totals(  # of all processes, in one exchange
                     [*(loss.item() for loss in losses.values()), *hits, float(len(caught))]
                 )
-                mean_losses = [total / processes.count for total in sums[: len(losses)]]
+                mean_losses = [value / processes.count for value in sums[: len(losses)]]
                 means, hits = dict(zip(losses, mean_losses, strict=True)), sums[len(losses) :]
                 for task, value in means.items():
                     check_finite(f"loss of {task}", value, record)

@@ -40,7 +40,7 @@ def main() -> None:
     whole = [
         Example(text, {"trec": label}) for text, label in read_trec(arguments.data / "trec/train_5500.label")
     ]
-    train, validation = ([(e.text, e.labels["trec"]) for e in part] for part in stratified_split(whole, 0.1, 0))
+    train, validation = ([(e.text, e.labels["trec"]) for e in part] for part in stratified_split(whole, 0.1))
     sets = {
         "trec": {
             "train": train,

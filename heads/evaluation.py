@@ -10,11 +10,9 @@ from torch import Tensor
 from heads.data import SentenceDataset
 from heads.features import compute
 from heads.metrics import TaskMetrics, majority
-from heads.multitask import MultiTaskModel
+from heads.multitask import BATCH_SIZE, MultiTaskModel
 from heads.processes import Processes
 from minibert.sentence_encoder import evaluating
-
-BATCH_SIZE = 64
 
 
 def evaluation_batches(dataset: SentenceDataset) -> list[list[int]]:

@@ -16,7 +16,7 @@ from minibert import BertModel, SentenceEncoder, Tokenizer, mean_pooling
 from minibert.freezing import keep_frozen_in_eval
 from minibert.model import unwrapped
 from minibert.outputs import as_tree
-from minibert.sentence_encoder import evaluating
+from minibert.sentence_encoder import check_batch_size, evaluating, has_own_forward
 from minibert.tokenizer import as_list
 from weights import CheckpointError, resolve
 from weights.checkpoint import HEADS
@@ -25,7 +25,7 @@ from weights.json_files import read_json, to_json
 from weights.safetensors_files import read_file
 
 TENSORS = "heads.safetensors"
-BATCH_SIZE = 32  # where `predict` pads
+BATCH_SIZE = 64  # where nothing is learned and nobody says
 # Methods of nn.Module that are called on whole models only: inside `Heads` a task may have their names.
 CONVERSIONS = ("type", "half", "float", "double", "bfloat16")
 
@@ -118,6 +118,7 @@ class MultiTaskModel(nn.Module):
         """
         if self.tokenizer is None:
             raise ValueError("predict needs a tokenizer: give one, MultiTaskModel(..., tokenizer=...)")
+        check_batch_size(batch_size)
         texts = as_list(sentences)
         with evaluating(self):
             logits = self._logits_of(texts, batch_size, self.tokenizer) if texts else {}
@@ -131,8 +132,8 @@ class MultiTaskModel(nn.Module):
         ]
 
     def _logits_of(self, texts: list[str], batch_size: int | None, tokenizer: Tokenizer) -> dict[str, Tensor]:
-        """By `encode`, which pads nothing; by `forward` where a subclass has its own."""
-        if type(self).forward is MultiTaskModel.forward:
+        """By `encode`, which pads nothing; by `forward` where somebody wrote another."""
+        if not has_own_forward(self, MultiTaskModel):
             encoder = SentenceEncoder(self.encoder, tokenizer)
             embeddings = encoder.encode(texts, batch_size, convert_to_tensor=True, show_progress_bar=False)
             return self.classify(embeddings).logits

@@ -33,8 +33,7 @@ def read_sets(options: Options) -> tuple[dict[str, list[Example]], list[str]]:
         sets[name] = marked or given
     sets["train"] = [example for example in whole if example.split in ("", "train")]
     if sets["train"] and not sets["validation"]:
-        # always by one seed: a run that goes on from another must not validate on what that one saw
-        sets["train"], sets["validation"] = stratified_split(sets["train"], options.validation_fraction, seed=0)
+        sets["train"], sets["validation"] = stratified_split(sets["train"], options.validation_fraction)
         if options.train and (Path(options.model) / HEADS).is_file() and not options.resume:
             warnings.warn(
                 f"validation is drawn from the training file: {options.model} has seen some of it unless file, "

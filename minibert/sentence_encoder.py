@@ -217,8 +217,7 @@ class SentenceEncoder(nn.Module):
         show_progress_bar: bool | None = None,
     ) -> Iterator[tuple[Tensor, int]]:
         """As `encode_blocks`, with how many texts of each block were cut, without a warning."""
-        if batch_size is not None and (not isinstance(batch_size, SupportsIndex) or batch_size < 1):
-            raise ValueError(f"batch_size is {batch_size!r}, it must be an integer from 1 up")
+        check_batch_size(batch_size)
         texts = as_iterable(sentences)
         normalize = self.normalize_embeddings if normalize_embeddings is None else normalize_embeddings
         return self._blocks_and_cuts(texts, batch_size, normalize, show_progress_bar)
@@ -281,7 +280,7 @@ class SentenceEncoder(nn.Module):
 
     def _is_ours(self) -> bool:
         """Whether `forward` is ours, and its pooling has a packed form."""
-        own = type(self).forward is not SentenceEncoder.forward or "forward" in vars(self)
+        own = has_own_forward(self, SentenceEncoder)
         return not own and not has_hook(self) and not has_hook(self.model) and self.pooling in PACKED_POOLINGS
 
     def _pooled(
@@ -344,6 +343,17 @@ class SentenceEncoder(nn.Module):
         files |= other_files or {}
         of_another = dict.fromkeys({*TOKENIZER_FILES, *OPTIONAL_FILES} - files.keys())  # that was here before
         unwrapped(self.model).save_pretrained(directory, {**files, **of_another})
+
+
+def check_batch_size(batch_size: object) -> None:
+    """Raises ValueError unless it is None or an integer from 1 up."""
+    if batch_size is not None and (not isinstance(batch_size, SupportsIndex) or int(batch_size) < 1):
+        raise ValueError(f"batch_size is {batch_size!r}, it must be an integer from 1 up")
+
+
+def has_own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a subclass of `kind`, or somebody afterwards, gave it another `forward`."""
+    return type(module).forward is not kind.forward or "forward" in vars(module)
 
 
 @contextmanager

@@ -87,6 +87,11 @@ def test_predict_by_a_forward_of_ones_own(small: Path) -> None:
         found = [prediction["type"]["probability"] for prediction in model.predict(iter(SENTENCES), size)]
         assert found == pytest.approx(expected.tolist(), rel=1e-5)
     assert found != pytest.approx([p["type"]["probability"] for p in usual.predict(SENTENCES)], rel=1e-3)
+    for either in (usual, model):
+        with pytest.raises(ValueError, match="batch_size is -1, it must be an integer from 1 up"):
+            either.predict(SENTENCES, -1)
+    usual.forward = model.forward  # type: ignore[method-assign]
+    assert usual.predict(SENTENCES) == model.predict(SENTENCES)
     assert model.predict([]) == []
 
 
