@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,22 @@ TINY = {
 
 # A shell has what runs in its background ignore Ctrl-C; here it is sent on purpose.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+HAS_A_GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def where(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Only tests marked `gpu` see one: a CPU's numbers are compared, to the bit."""
+    marked = request.node.get_closest_marker("gpu") is not None
+    if marked and not HAS_A_GPU:
+        pytest.skip("needs a GPU")
+    with pytest.MonkeyPatch.context() as hidden:  # not the test's own, which may be undone in its middle
+        if not marked:
+            hidden.setattr(torch.cuda, "is_available", lambda: False)
+            hidden.setenv("CUDA_VISIBLE_DEVICES", "")  # for processes that a test starts
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1194,7 +1194,7 @@ def test_vectors_of_length_one_on_a_gpu(n: int, width: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*texts cut to 512 tokens")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # in torch's compiler
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("size", ["MiniLM", "two layers of bert-base's"])
 @pytest.mark.parametrize(
     ("dtype", "compiled"), [(None, False), (torch.bfloat16, False), (torch.bfloat16, True)]

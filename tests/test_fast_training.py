@@ -21,7 +21,6 @@ from minibert.onednn import onednn_products
 from tests.conftest import save_small
 
 needs_onednn = pytest.mark.skipif(not onednn.are_exact(), reason="oneDNN is not used here")
-needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PLAIN = pytest.param(nullcontext, id="MKL")
 ONEDNN = pytest.param(onednn_products, id="oneDNN", marks=needs_onednn)
 
@@ -49,7 +48,7 @@ def batch(kind: str, seed: int) -> dict[str, Tensor]:
     [
         pytest.param(nullcontext, "cpu", id="MKL"),
         pytest.param(onednn_products, "cpu", id="oneDNN", marks=needs_onednn),
-        pytest.param(nullcontext, "cuda", id="GPU", marks=needs_a_gpu),
+        pytest.param(nullcontext, "cuda", id="GPU", marks=pytest.mark.gpu),
     ],
 )
 @pytest.mark.parametrize("kind", ["right", "left", "random", "full"])
@@ -109,7 +108,7 @@ def test_without_a_mask_nothing_is_left_out(small: Path) -> None:
     torch.testing.assert_close(ours.last_hidden_state, exact.last_hidden_state, atol=1e-5, rtol=0)
 
 
-@needs_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["random", "full"])
 def test_on_a_gpu_lengths_share_a_call(minilm: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     dropped = []
