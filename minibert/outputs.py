@@ -9,12 +9,15 @@ Output = TypeVar("Output")
 
 
 def as_tree(kind: type[Output]) -> type[Output]:
-    """Decorates a dataclass, so that torch.func and DistributedDataParallel find the tensors in its fields.
+    """Decorates a dataclass, so that torch.func, torch.export and DistributedDataParallel find its tensors.
 
     (Without it DistributedDataParallel with `static_graph=True` would not average gradients.)
     """
     names = [each.name for each in fields(kind)]  # type: ignore[arg-type]
     register_pytree_node(
-        kind, lambda output: ([getattr(output, name) for name in names], None), lambda values, _: kind(*values)
+        kind,
+        lambda output: ([getattr(output, name) for name in names], None),
+        lambda values, _: kind(*values),
+        serialized_type_name=f"{kind.__module__}.{kind.__name__}",  # for torch.export.save
     )
     return kind

@@ -1,11 +1,13 @@
 """The encoder without transformers: PyTorch's own layer as oracle, behaviour, and every bad input."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.utils._pytree import tree_leaves, tree_map
 
 from minibert import BertConfig, BertModel, BertModelOutput, cls_pooling, mean_pooling
@@ -131,6 +133,32 @@ def test_a_trace_serves_other_masks(model: BertModel) -> None:
     traced = torch.jit.trace(whole, (ids, mask))  # type: ignore[no-untyped-call]
     mask[0, 4:] = 0
     torch.testing.assert_close(traced(ids, mask), whole(ids, mask))
+
+
+def test_an_exported_graph_serves_other_batches(model: BertModel, tmp_path: Path) -> None:
+    given = {"input_ids": random_ids(3, 7), "attention_mask": torch.ones(3, 7, dtype=torch.int64)}
+    shapes = {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in given}
+    torch.export.save(torch.export.export(model, (), given, dynamic_shapes=shapes), tmp_path / "model.pt2")
+    exported = torch.export.load(tmp_path / "model.pt2").module()
+    ids, mask = random_ids(5, 13), random_ids(5, 13) % 2
+    expected, output = model(ids, mask), exported(input_ids=ids, attention_mask=mask)
+    torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state)
+    torch.testing.assert_close(output.pooler_output, expected.pooler_output)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # on importing the compiler
+def test_compiled_it_is_one_graph(model: BertModel) -> None:
+    graphs: list[object] = []
+
+    def note(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=note, fullgraph=True)
+    for mask in (torch.ones(5, 13), random_ids(5, 13) % 2):
+        output = compiled(random_ids(5, 13), mask.long())
+        assert torch.equal(output.last_hidden_state, model(random_ids(5, 13), mask.long()).last_hidden_state)
+    assert len(graphs) == 1
 
 
 def test_attention_maps_are_distributions_over_the_tokens() -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 from torch import Tensor, nn
+from torch.export import Dim
 
 from heads import MISSING, MLPHead, MultiTaskLoss, MultiTaskModel
 from heads.metrics import TaskMetrics, macro_f1, majority
@@ -51,6 +52,16 @@ def test_one_pass_mean_pooling_and_every_head(small: Path) -> None:
     torch.testing.assert_close(output.logits["type"].double(), by_hand, rtol=1e-5, atol=1e-5)
     alone = model(batch["input_ids"][:1, : batch["attention_mask"][0].sum()])  # no mask: nothing is padding
     torch.testing.assert_close(alone.embeddings, expected[:1], rtol=1e-5, atol=1e-6)
+
+
+def test_exported_with_its_heads(small: Path) -> None:
+    tokenizer = Tokenizer.from_pretrained(small)
+    heads = {"topic": MLPHead(36, 13, 3), "mood": MLPHead(36, 7, 2)}  # torch.export takes none named "type"
+    model = MultiTaskModel(BertModel.from_pretrained(small), heads).eval()
+    shapes = {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in tokenizer(["a"])}
+    program = torch.export.export(model, (), tokenizer(["two", "texts"]), dynamic_shapes=shapes)
+    batch = tokenizer(SENTENCES)
+    torch.testing.assert_close(program.module()(**batch).logits, model(**batch).logits)
 
 
 def test_predict(small: Path) -> None:
