@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import train
 from heads import MLPHead, MultiTaskModel, features
 from heads.data import SentenceDataset, dummy_examples
-from heads.features import fill
+from heads.features import fill, size_in_bytes
 from heads.processes import Processes
 from minibert import BertModel, Tokenizer, fast_attention, onednn, packing
 from minibert.fast_dropout import FastDropout, fast_dropout, use_fast_dropout
@@ -167,6 +167,7 @@ def test_features_agree_with_the_padded_reference(
             assert sum(fill(model, {dataset: [[5, 2, 60], [4, 3]]}, depth)) == len(dataset)
         assert dataset.depth == depth
         assert dataset.features is not None
+        assert sum(row.nbytes for row in dataset.features) == size_in_bytes(model, dataset, depth)
         results.append(dataset.features)
     for reference, ours in zip(*results, strict=True):
         assert (ours.shape, ours.dtype) == (reference.shape, reference.dtype)
