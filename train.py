@@ -38,8 +38,8 @@ from minibert import BertModel, Tokenizer
 from minibert.fast_dropout import use_fast_dropout
 from minibert.freezing import FreezePlan, set_groups
 from minibert.memory import is_out_of_memory, keep_freed_memory
+from minibert.modes import evaluating
 from minibert.onednn import onednn_products
-from minibert.sentence_encoder import evaluating
 from weights import resolve
 from weights.checkpoint import HEADS
 

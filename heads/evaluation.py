@@ -12,7 +12,7 @@ from heads.features import compute
 from heads.metrics import TaskMetrics, majority
 from heads.multitask import BATCH_SIZE, MultiTaskModel
 from heads.processes import Processes
-from minibert.sentence_encoder import evaluating
+from minibert.modes import evaluating
 
 
 def evaluation_batches(dataset: SentenceDataset) -> list[list[int]]:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeGuard
+from typing import Any, NamedTuple, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from heads.mlp import MLPHead
 from minibert import BertModel, SentenceEncoder, Tokenizer, mean_pooling
 from minibert.freezing import keep_frozen_in_eval
 from minibert.model import unwrapped
-from minibert.outputs import as_tree
-from minibert.sentence_encoder import check_batch_size, evaluating, has_own_forward
+from minibert.modes import evaluating
+from minibert.sentence_encoder import check_batch_size, has_plain_forward
 from minibert.tokenizer import as_list
 from weights import CheckpointError, resolve
 from weights.checkpoint import HEADS
@@ -30,13 +30,14 @@ BATCH_SIZE = 64  # where nothing is learned and nobody says
 CONVERSIONS = ("type", "half", "float", "double", "bfloat16")
 
 
-@as_tree
-@dataclass(frozen=True)
-class MultiTaskOutput:
+class MultiTaskOutput(NamedTuple):
     """`logits[name]` (B, classes) for every head; `embeddings` (B, H), mean-pooled."""
 
     logits: dict[str, Tensor]
     embeddings: Tensor
+
+
+_register_namedtuple(MultiTaskOutput, serialized_type_name="heads.MultiTaskOutput")  # for torch.export.save
 
 
 class Heads(nn.ModuleDict):
@@ -61,7 +62,7 @@ class MultiTaskModel(nn.Module):
         tokenizer: needed by `predict` only; saved with the rest.
 
     Raises:
-        TypeError: the encoder is a SentenceEncoder.
+        TypeError: the encoder is no BertModel.
         ValueError: a name that cannot be one, a head that is no Module or of another width than the
             encoder's, labels of a task without a head, a wrong number of labels.
     """
@@ -75,8 +76,9 @@ class MultiTaskModel(nn.Module):
         tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(encoder, SentenceEncoder):
-            raise TypeError("encoder is a SentenceEncoder, give the BertModel in it: its .model")
+        if not isinstance(getattr(encoder, "_orig_mod", encoder), BertModel):  # which torch.compile may wrap
+            where = ": its .model" * isinstance(encoder, SentenceEncoder)
+            raise TypeError(f"encoder is a {type(encoder).__name__}, give the BertModel in it{where}")
         labels = labels or {}
         if unknown := sorted(labels.keys() - heads.keys()):
             raise ValueError(f"labels are given for {unknown[0]!r}, the heads are: {', '.join(heads)}")
@@ -132,8 +134,8 @@ class MultiTaskModel(nn.Module):
         ]
 
     def _logits_of(self, texts: list[str], batch_size: int | None, tokenizer: Tokenizer) -> dict[str, Tensor]:
-        """By `encode`, which pads nothing; by `forward` where somebody wrote another."""
-        if not has_own_forward(self, MultiTaskModel):
+        """By `encode`, which pads nothing; by `forward` where somebody changed what that does."""
+        if has_plain_forward(self, MultiTaskModel):
             encoder = SentenceEncoder(self.encoder, tokenizer)
             embeddings = encoder.encode(texts, batch_size, convert_to_tensor=True, show_progress_bar=False)
             return self.classify(embeddings).logits

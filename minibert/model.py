@@ -1,12 +1,12 @@
 """4 of 4: the whole encoder."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from minibert.attention import ATTENTION_FUNCTIONS, expand_mask
 from minibert.config import BertConfig
@@ -14,15 +14,12 @@ from minibert.embeddings import Embeddings
 from minibert.inputs import check_inputs
 from minibert.layers import EncoderLayer, Pooler
 from minibert.meta_device import without_numbers
-from minibert.outputs import as_tree
 from minibert.packing import PaddedBatch
 from weights import load_checkpoint, resolve, save_checkpoint
 from weights.checkpoint import FLOATS
 
 
-@as_tree
-@dataclass(frozen=True)
-class BertModelOutput:
+class BertModelOutput(NamedTuple):
     """What the encoder computes.
 
     `last_hidden_state` (B, T, H). `pooler_output` (B, H), None without a pooler.
@@ -34,6 +31,10 @@ class BertModelOutput:
     pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+# torch.export.save writes no other
+_register_namedtuple(BertModelOutput, serialized_type_name="minibert.BertModelOutput")
 
 
 class BertModel(nn.Module):

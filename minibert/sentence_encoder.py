@@ -20,6 +20,7 @@ from minibert.fast_attention import has_varlen
 from minibert.fast_inference import FastModel, fast_copy, in_batches, run_texts, token_budget
 from minibert.fused_layers import has_hook
 from minibert.model import BertModel, unwrapped
+from minibert.modes import evaluating
 from minibert.onednn import onednn_products
 from minibert.packing import Packing, send, sum_by_halves
 from minibert.pooling import cls_pooling, mean_pooling
@@ -160,7 +161,7 @@ class SentenceEncoder(nn.Module):
         docs/performance.md). In float32 they differ from those of `forward`, which pads, by at most
         1e-6 of the embedding's length. (Where a part of the model is not ours, or has a hook, `forward` is
         called with the ids and a mask of texts of one length at a time: slower, in the model's own dtype,
-        not compiled, and bits may depend on the batch. Threads must not do so with a model in training mode.)
+        not compiled, and bits may depend on the batch.)
 
         Weights may have changed since the last call. Of what is written into `.data`, or by numpy or a
         collective into a detached tensor, torch keeps no record: it is noticed if it concerns all numbers
@@ -280,8 +281,8 @@ class SentenceEncoder(nn.Module):
 
     def _is_ours(self) -> bool:
         """Whether `forward` is ours, and its pooling has a packed form."""
-        own = has_own_forward(self, SentenceEncoder)
-        return not own and not has_hook(self) and not has_hook(self.model) and self.pooling in PACKED_POOLINGS
+        plain = has_plain_forward(self, SentenceEncoder) and not has_hook(self.model)
+        return plain and self.pooling in PACKED_POOLINGS
 
     def _pooled(
         self, fast: FastModel, ids: list[list[int]], batch_size: int | None
@@ -351,22 +352,9 @@ def check_batch_size(batch_size: object) -> None:
         raise ValueError(f"batch_size is {batch_size!r}, it must be an integer from 1 up")
 
 
-def has_own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a subclass of `kind`, or somebody afterwards, gave it another `forward`."""
-    return type(module).forward is not kind.forward or "forward" in vars(module)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; afterwards every part is in the mode it was in."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, mode in modes:  # from the top down: `train` also sets the parts below
-            part.train(mode)
+def has_plain_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling it is `kind.forward` and no more: no other in a subclass or set later, no hook."""
+    return type(module).forward is kind.forward and "forward" not in vars(module) and not has_hook(module)
 
 
 def _to_length_one(embeddings: Tensor) -> Tensor:

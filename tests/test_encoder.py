@@ -111,6 +111,8 @@ def test_torch_sees_what_is_in_an_output(model: BertModel) -> None:
     ids = random_ids(3, 7)
     leaves = tree_leaves(model(ids, output_hidden_states=True))
     assert sum(isinstance(leaf, Tensor) for leaf in leaves) == 2 + len(model.layers) + 1
+    hidden, pooled, *rest = model(ids)
+    assert ((hidden.shape, pooled.shape), rest) == (((3, 7, 36), (3, 36)), [None, None])
     doubled = tree_map(lambda leaf: leaf if leaf is None else 2 * leaf, model(ids))
     assert torch.equal(doubled.last_hidden_state, 2 * model(ids).last_hidden_state)
 

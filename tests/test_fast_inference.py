@@ -491,13 +491,13 @@ def changes() -> list[Callable[[BertModel], None]]:
 
     def outside_hook(model: BertModel) -> None:
         model.register_forward_hook(
-            lambda _, __, output: replace(output, last_hidden_state=output.last_hidden_state * torch.arange(36))
+            lambda _, __, output: output._replace(last_hidden_state=output.last_hidden_state * torch.arange(36))
         )
 
     def outside_forward(model: BertModel) -> None:
         forward = model.forward
-        model.forward = lambda *inputs: replace(  # type: ignore[method-assign]
-            forward(*inputs), last_hidden_state=forward(*inputs).last_hidden_state * torch.arange(36)
+        model.forward = lambda *inputs: forward(*inputs)._replace(  # type: ignore[method-assign]
+            last_hidden_state=forward(*inputs).last_hidden_state * torch.arange(36)
         )
 
     def activation(model: BertModel) -> None:
@@ -720,7 +720,7 @@ def test_what_is_put_around_the_model(minilm: Path, how: str) -> None:
     else:
         encoder.model = torch.compile(encoder.model, backend="eager")  # type: ignore[assignment]
         encoder.model.register_forward_hook(
-            lambda _, __, output: replace(output, last_hidden_state=output.last_hidden_state * torch.arange(36))
+            lambda _, __, output: output._replace(last_hidden_state=output.last_hidden_state * torch.arange(36))
         )
     before = two_layers(minilm).encode(texts, convert_to_tensor=True)
     after = encoder.encode(texts, convert_to_tensor=True)
@@ -735,7 +735,7 @@ def test_a_module_around_the_model(minilm: Path, tmp_path: Path) -> None:
 
         def forward(self, *inputs: Tensor | None) -> Any:
             output = self.inner(*inputs)
-            return replace(output, last_hidden_state=2 * output.last_hidden_state)
+            return output._replace(last_hidden_state=2 * output.last_hidden_state)
 
     plain, texts = two_layers(minilm), ["one text", "and another one"]
     expected = 2 * plain.encode(texts, convert_to_tensor=True)
@@ -750,7 +750,7 @@ def test_a_subclass_of_the_model(minilm: Path) -> None:
     class Doubled(BertModel):
         def forward(self, *inputs: Any, **named: Any) -> Any:
             output = super().forward(*inputs, **named)
-            return replace(output, last_hidden_state=2 * output.last_hidden_state)
+            return output._replace(last_hidden_state=2 * output.last_hidden_state)
 
     plain = two_layers(minilm)
     model = Doubled(plain.model.config).eval()

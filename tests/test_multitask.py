@@ -2,7 +2,9 @@
 
 import json
 import math
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,8 +17,10 @@ from torch.export import Dim
 
 from heads import MISSING, MLPHead, MultiTaskLoss, MultiTaskModel
 from heads.metrics import TaskMetrics, macro_f1, majority
+from heads.multitask import MultiTaskOutput
 from minibert import BertModel, SentenceEncoder, Tokenizer
 from minibert.freezing import FreezePlan, named_groups
+from minibert.modes import evaluating
 from weights import CheckpointError
 
 LABELS = {"type": ("news", "question", "statement"), "sentiment": ("bad", "good")}
@@ -104,6 +108,40 @@ def test_predict_by_a_forward_of_ones_own(small: Path) -> None:
     usual.forward = model.forward  # type: ignore[method-assign]
     assert usual.predict(SENTENCES) == model.predict(SENTENCES)
     assert model.predict([]) == []
+
+
+def test_predict_calls_hooks_around_the_model(small: Path) -> None:
+    model = build(small)
+    assert {p["type"]["label"] for p in model.predict(SENTENCES)} != {"statement"}
+
+    def louder(_: nn.Module, __: Any, output: MultiTaskOutput) -> MultiTaskOutput:
+        return output._replace(logits=output.logits | {"type": output.logits["type"] + torch.arange(3) * 99})
+
+    model.register_forward_hook(louder)
+    assert {p["type"]["label"] for p in model.predict(SENTENCES)} == {"statement"}
+
+
+def test_modes_are_restored_when_the_last_thread_is_done(small: Path) -> None:
+    model = build(small).train()
+    model.encoder.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    begun, first_is_done = threading.Barrier(2), threading.Event()
+
+    def first() -> None:
+        with evaluating(model):
+            begun.wait(60)
+        first_is_done.set()
+
+    def second() -> list[bool]:
+        with evaluating(model):
+            begun.wait(60)
+            first_is_done.wait(60)
+            return [module.training for module in model.modules()]
+
+    with ThreadPoolExecutor(2) as threads:
+        threads.submit(first)
+        assert not any(threads.submit(second).result())
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_round_trip(small: Path, tmp_path: Path) -> None:
@@ -443,10 +481,13 @@ def test_a_task_that_is_left_out_is_said(kind: str) -> None:
         MultiTaskLoss(["a", "b"])(**given)
 
 
-def test_an_encoder_of_sentences_is_none(small: Path) -> None:
+def test_an_encoder_of_another_kind(small: Path) -> None:
     encoder: Any = SentenceEncoder.from_pretrained(small)
-    with pytest.raises(TypeError, match=r"give the BertModel in it: its \.model"):
+    with pytest.raises(TypeError, match=r"a SentenceEncoder, give the BertModel in it: its \.model"):
         MultiTaskModel(encoder, {})
+    around: Any = nn.Sequential(encoder.model)
+    with pytest.raises(TypeError, match=r"a Sequential, give the BertModel in it$"):
+        MultiTaskModel(around, {})
 
 
 def test_labels_that_are_none() -> None:
