@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert.config import BertConfig
-from minibert.inputs import is_traced
+from minibert.inputs import holds
 
 # query, key, value (B, N, T, D), mask (B, 1, T, T) or None, dropout probability
 #   -> context (B, N, T, D), attention weights (B, N, T, T) or None where they are never formed
@@ -49,7 +49,7 @@ def expand_mask(attention_mask: Tensor | None) -> Tensor | None:
 
     `[b, 0, i, j]` says whether token i may look at token j; it is the same for every i.
     """
-    if attention_mask is None or (not is_traced() and attention_mask.all()):
+    if attention_mask is None or holds(attention_mask.all()):
         return None
     batch, length = attention_mask.shape
     return attention_mask.bool()[:, None, None, :].expand(batch, 1, length, length)

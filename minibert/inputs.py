@@ -69,12 +69,17 @@ def check_mask(mask: Tensor, shape: torch.Size) -> None:
     _check_none("attention_mask", mask, (mask != 0) & (mask != 1), "1 for a token and 0 for padding")
 
 
-def is_traced() -> bool:
-    """Whether torch records a graph (compile, export, jit.trace), which must not depend on these numbers."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+def holds(condition: object) -> bool:
+    """Whether a truth value is true, and torch may ask: no graph is recorded, it is no vmap's and not meta."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False  # the graph serves other numbers, too
+    try:
+        return bool(condition)
+    except RuntimeError:
+        return False
 
 
 def _check_none(name: str, tensor: Array, wrong: Array, expected: str) -> None:
-    if not is_traced() and wrong.any():
+    if holds(wrong.any()):
         where = tuple(torch.as_tensor(wrong).nonzero()[0].tolist())
         raise ValueError(f"{name}{list(where)} is {tensor[where].item()}, it must be {expected}")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 from minibert import BertConfig, BertModel, BertModelOutput, cls_pooling, mean_pooling
@@ -161,6 +162,28 @@ def test_compiled_it_is_one_graph(model: BertModel) -> None:
         output = compiled(random_ids(5, 13), mask.long())
         assert torch.equal(output.last_hidden_state, model(random_ids(5, 13), mask.long()).last_hidden_state)
     assert len(graphs) == 1
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of sdpa under vmap
+def test_gradients_of_each_text(model: BertModel) -> None:
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    ids, mask = random_ids(3, 7), torch.ones(3, 7, dtype=torch.int64)
+    mask[0, 4:] = 0
+
+    def total(weights: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
+        output: BertModelOutput = functional_call(model, weights, (ids[None], mask[None]))
+        return output.last_hidden_state.square().sum()
+
+    together = vmap(grad(total), in_dims=(None, 0, 0))(weights, ids, mask)
+    for row in range(3):
+        for name, gradient in grad(total)(weights, ids[row], mask[row]).items():
+            torch.testing.assert_close(together[name][row], gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_shapes_without_numbers() -> None:
+    model = BertModel(CONFIG).to("meta")
+    output = model(random_ids(3, 7).to("meta"), torch.ones(3, 7, device="meta"))
+    assert (output.last_hidden_state.shape, output.pooler_output.shape) == ((3, 7, 36), (3, 36))
 
 
 def test_attention_maps_are_distributions_over_the_tokens() -> None:
