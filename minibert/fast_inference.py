@@ -27,7 +27,7 @@ from minibert.packing import PackedBatch, Packing
 # Per batch, at most: tokens, and numbers (tokens * H), which on a CPU fit its caches. See docs/performance.md.
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 65536}
 NUMBER_BUDGET = {"cpu": 2048 * 768, "cuda": 32768 * 768}
-SAMPLE = 16  # numbers of each Linear's matrix, in one line of the cache, that tell whether it has changed
+SAMPLE = 16  # numbers, a line of the cache, of each Linear's matrix and bias: have they changed?
 
 
 class FastModel:
@@ -50,9 +50,8 @@ def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> FastModel |
     """A model's `FastModel`, made anew when it has changed; None unless it `is_untouched`.
 
     A change is another part, setting, function, hook or parameter, or another number in one. (Of what is
-    written into a parameter's `.data` torch keeps no record, so some numbers of each Linear's matrix are
-    compared.) With inference tensors, of which nothing tells whether they have changed, the copy is made
-    anew every time.
+    written into a parameter's `.data` torch keeps no record, so some numbers of each Linear are compared.)
+    With inference tensors, of which nothing tells whether they have changed, the copy is made anew every time.
     """
     model = getattr(model, "_orig_mod", model)  # of a compiled one
     if not isinstance(model, BertModel):  # somebody's own around it
@@ -82,6 +81,7 @@ class _Kept:
         if is_untouched(model):
             linears = [part for part in model.layers.modules() if isinstance(part, nn.Linear)]
             self.samples = [each.weight.detach()[len(each.weight) // 2, :SAMPLE] for each in linears]
+            self.samples += [each.bias.detach()[:SAMPLE] for each in linears]
             self.sampled = torch.cat(self.samples) if linears else torch.empty(0)
             self.copy = FastModel(model, dtype)
 

@@ -165,7 +165,7 @@ class SentenceEncoder(nn.Module):
 
         Weights may have changed since the last call. Of what is written into `.data`, or by numpy or a
         collective into a detached tensor, torch keeps no record: it is noticed if it concerns all numbers
-        of a Linear's matrix; else call `torch.autograd.graph.increment_version(model.parameters())`.
+        of a Linear's matrix or bias; else call `torch.autograd.graph.increment_version(model.parameters())`.
 
         Args:
             sentences: a string, or any iterable of strings, which is read block by block.

@@ -519,6 +519,9 @@ def changes() -> list[Callable[[BertModel], None]]:
             value = layer.get_submodule("attention.value")
             value.get_parameter("weight").data += 0.01 * torch.randn(36, 2) @ torch.randn(2, 36)
 
+    def biases(model: BertModel) -> None:  # as torch_ema does
+        model.get_parameter("layers.1.feed_forward.up.bias").data.copy_(torch.randn(37))
+
     def plain_tensor(model: BertModel) -> None:
         value = model.get_submodule("layers.1.attention.value")
         del value.weight
@@ -597,7 +600,7 @@ def changes() -> list[Callable[[BertModel], None]]:
         model.layers[1].feed_forward_norm = TwiceTheNorm(36)
 
     return [
-        *(in_place, a_step, a_fused_step, new_data, told, new_parameters, pruned, norm),
+        *(biases, in_place, a_step, a_fused_step, new_data, told, new_parameters, pruned, norm),
         *(merged, plain_tensor, without_cls, mixes_tokens, fewer_heads, fewer_inner_numbers, own_attention),
         *(own_function, one_key_for_all_heads, no_layers, limited_table),
         *(no_bias, activation, activation_alone, other_forward, outside_forward, outside_hook),
