@@ -37,7 +37,7 @@ class MultiTaskOutput(NamedTuple):
     embeddings: Tensor
 
 
-_register_namedtuple(MultiTaskOutput, serialized_type_name="heads.MultiTaskOutput")  # for torch.export.save
+_register_namedtuple(MultiTaskOutput, serialized_type_name="heads.MultiTaskOutput")  # as in model.py
 
 
 class Heads(nn.ModuleDict):

@@ -70,7 +70,7 @@ def check_mask(mask: Tensor, shape: torch.Size) -> None:
 
 
 def holds(condition: object) -> bool:
-    """Whether a truth value is true, and torch may ask: no graph is recorded, it is no vmap's and not meta."""
+    """Whether a truth value is true; False where torch has none: in a graph, under vmap, on the meta device."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False  # the graph serves other numbers, too
     try:

@@ -33,7 +33,7 @@ class BertModelOutput(NamedTuple):
     attentions: tuple[Tensor, ...] | None = None
 
 
-# torch.export.save writes no other
+# torch.export.save refuses what has no such name
 _register_namedtuple(BertModelOutput, serialized_type_name="minibert.BertModelOutput")
 
 

@@ -37,7 +37,7 @@ HAS_A_GPU = torch.cuda.is_available()
 
 
 @pytest.fixture(autouse=True)
-def where(request: pytest.FixtureRequest) -> Iterator[None]:
+def gpu_or_not(request: pytest.FixtureRequest) -> Iterator[None]:
     """Only tests marked `gpu` see one: a CPU's numbers are compared, to the bit."""
     marked = request.node.get_closest_marker("gpu") is not None
     if marked and not HAS_A_GPU:
