@@ -14,7 +14,7 @@ from torch.utils._pytree import _register_namedtuple
 from heads.mlp import MLPHead
 from minibert import BertModel, SentenceEncoder, Tokenizer, mean_pooling
 from minibert.freezing import keep_frozen_in_eval
-from minibert.model import unwrapped
+from minibert.model import uncompiled, unwrapped
 from minibert.modes import evaluating
 from minibert.sentence_encoder import check_batch_size, has_plain_forward
 from minibert.tokenizer import as_list
@@ -76,7 +76,7 @@ class MultiTaskModel(nn.Module):
         tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(getattr(encoder, "_orig_mod", encoder), BertModel):  # which torch.compile may wrap
+        if not isinstance(uncompiled(encoder), BertModel):
             where = ": its .model" * isinstance(encoder, SentenceEncoder)
             raise TypeError(f"encoder is a {type(encoder).__name__}, give the BertModel in it{where}")
         labels = labels or {}

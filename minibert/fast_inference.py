@@ -21,7 +21,7 @@ from minibert.config import BertConfig
 from minibert.fast_attention import varlen_attention
 from minibert.fused_layers import FusedEmbeddings, FusedLayer, has_hook, is_untouched
 from minibert.memory import keep_freed_memory, release_memory
-from minibert.model import BertModel
+from minibert.model import BertModel, uncompiled
 from minibert.packing import PackedBatch, Packing
 
 # Per batch, at most: tokens, and numbers (tokens * H), which on a CPU fit its caches. See docs/performance.md.
@@ -53,7 +53,7 @@ def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> FastModel |
     written into a parameter's `.data` torch keeps no record, so some numbers of each Linear are compared.)
     With inference tensors, of which nothing tells whether they have changed, the copy is made anew every time.
     """
-    model = getattr(model, "_orig_mod", model)  # of a compiled one
+    model = uncompiled(model)
     if not isinstance(model, BertModel):  # somebody's own around it
         return None
     parts, numbers = _made_of(model)

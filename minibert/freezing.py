@@ -17,7 +17,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import nn
 
-from minibert.model import BertModel
+from minibert.model import BertModel, uncompiled
 
 STRATEGIES = "none, all, backbone, head:NAME, layers:K, gradual, gradual:EPOCHS, only:GROUPS"
 GROUPS = "embeddings, layers, layers.I, layers.I-J, heads, heads.NAME"
@@ -36,8 +36,7 @@ class Headed(Protocol):
 
 def named_groups(model: Headed) -> dict[str, nn.Module]:
     """The groups of a model by name, from the input up."""
-    encoder = getattr(model, "encoder", None)
-    encoder = getattr(encoder, "_orig_mod", encoder)  # of a compiled one
+    encoder = uncompiled(getattr(model, "encoder", None))
     if not isinstance(encoder, BertModel) or not hasattr(model, "heads"):
         raise TypeError(f"{type(model).__name__} has no encoder and heads: give a MultiTaskModel")
     groups: dict[str, nn.Module] = {"embeddings": encoder.embeddings}

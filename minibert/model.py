@@ -205,13 +205,18 @@ class BertModel(nn.Module):
                 nn.init.zeros_(module.weight[module.padding_idx].detach())
 
 
+def uncompiled(model: Any) -> Any:
+    """What torch.compile wrapped; anything else as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
 def unwrapped(model: nn.Module) -> BertModel:
     """The encoder that torch.compile may have wrapped.
 
     Raises:
         ValueError: something else is around it, which could not be saved with it.
     """
-    inside = getattr(model, "_orig_mod", model)
+    inside = uncompiled(model)
     if not isinstance(inside, BertModel):
         raise ValueError(f"a {type(inside).__name__} cannot be saved: put the BertModel inside it in its place")
     return inside
