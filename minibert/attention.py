@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert.config import BertConfig
-from minibert.inputs import holds
+from minibert.inputs import check_pair, holds
 
 # query, key, value (B, N, T, D), mask (B, 1, T, T) or None, dropout probability
 #   -> context (B, N, T, D), attention weights (B, N, T, T) or None where they are never formed
@@ -75,8 +75,8 @@ class SelfAttention(nn.Module):
         """(B, T, H) -> (B, T, H), and the attention weights if `attend` forms them."""
         query, key, value = self.project(hidden)  # (B, N, T, D)
         dropout_p = self.weights_dropout_p if self.training else 0.0
-        context, weights = attend(query, key, value, mask, dropout_p)  # (B, N, T, D)
-        context = context.transpose(-3, -2).flatten(-2)  # (B, T, H)
+        context, weights = check_pair("an attention function", attend(query, key, value, mask, dropout_p))
+        context = context.transpose(-3, -2).flatten(-2)  # (B, N, T, D) -> (B, T, H)
         return self.dropout(self.output(context)), weights
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

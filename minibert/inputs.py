@@ -69,6 +69,15 @@ def check_mask(mask: Tensor, shape: torch.Size) -> None:
     _check_none("attention_mask", mask, (mask != 0) & (mask != 1), "1 for a token and 0 for padding")
 
 
+def check_pair(part: str, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """What a layer or an attention gave. Raises TypeError of a tensor, which would be taken apart by texts."""
+    if isinstance(output, Tensor):
+        raise TypeError(
+            f"{part} gave a tensor, it must give a pair: its states, and the attention weights or None"
+        )
+    return output
+
+
 def holds(condition: object) -> bool:
     """Whether a truth value is true; False where torch has none: in a graph, under vmap, on the meta device."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]

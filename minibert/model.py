@@ -11,7 +11,7 @@ from torch.utils._pytree import _register_namedtuple
 from minibert.attention import ATTENTION_FUNCTIONS, expand_mask
 from minibert.config import BertConfig
 from minibert.embeddings import Embeddings
-from minibert.inputs import check_inputs
+from minibert.inputs import check_inputs, check_pair
 from minibert.layers import EncoderLayer, Pooler
 from minibert.meta_device import without_numbers
 from minibert.packing import PaddedBatch
@@ -24,7 +24,8 @@ class BertModelOutput(NamedTuple):
 
     `last_hidden_state` (B, T, H). `pooler_output` (B, H), None without a pooler.
     `hidden_states`: L + 1 tensors (B, T, H), the embeddings' output first, if asked for.
-    `attentions`: L tensors (B, N, T, T), after dropout as in transformers, if asked for.
+    `attentions`: L tensors (B, N, T, T), after dropout as in transformers, if asked for (None in the place
+    of a layer of your own that gives none).
     """
 
     last_hidden_state: Tensor
@@ -49,9 +50,6 @@ class BertModel(nn.Module):
 
     def __init__(self, config: BertConfig, *, attention: str = "sdpa", add_pooling_layer: bool = True) -> None:
         super().__init__()
-        if attention not in (*ATTENTION_FUNCTIONS, "packed"):
-            names = ", ".join(ATTENTION_FUNCTIONS)
-            raise ValueError(f"attention is {attention!r}, it must be {names} or packed")
         self.config = config
         self.attention = attention
         self.embeddings = Embeddings(config)
@@ -59,6 +57,18 @@ class BertModel(nn.Module):
         has_pooler = add_pooling_layer and config.model_type == "bert"
         self.pooler = Pooler(config) if has_pooler else None
         self.apply(self._initialise)
+
+    @property
+    def attention(self) -> str:
+        """How attention is computed. Raises ValueError when set to what there is not."""
+        return self._attention
+
+    @attention.setter
+    def attention(self, attention: str) -> None:
+        if attention not in (*ATTENTION_FUNCTIONS, "packed"):
+            names = ", ".join(ATTENTION_FUNCTIONS)
+            raise ValueError(f"attention is {attention!r}, it must be {names} or packed")
+        self._attention = attention
 
     @property
     def device(self) -> torch.device:
@@ -93,16 +103,17 @@ class BertModel(nn.Module):
             ValueError: an argument has a wrong shape or value; the message says which and where.
         """
         check_inputs(self.config, input_ids, attention_mask, token_type_ids)
-        if output_attentions and self.attention != "eager":
+        if output_attentions and self.attention in ("sdpa", "packed"):
             raise ValueError(
                 f'output_attentions needs attention="eager": {self.attention} never forms the weights'
             )
         embedded = hidden = self.embeddings(input_ids, token_type_ids)  # (B, T, H)
-        hidden_states, attentions = [embedded], []
+        hidden_states = [embedded]
+        attentions: list[Any] = []
         for hidden, weights in self.run_layers(embedded, attention_mask):
             if output_hidden_states:
                 hidden_states.append(hidden)
-            if output_attentions and weights is not None:
+            if output_attentions:
                 attentions.append(weights)
         return BertModelOutput(
             last_hidden_state=hidden,
@@ -128,13 +139,13 @@ class BertModel(nn.Module):
             batch = PaddedBatch(hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask)
             packed = batch.pack(hidden)  # (tokens, H)
             for layer in layers:
-                packed, _ = layer(packed, None, batch.attend)
+                packed, _ = check_pair("a layer", layer(packed, None, batch.attend))
                 yield batch.unpack(packed), None
             return
         attend = ATTENTION_FUNCTIONS[self.attention]
         mask = expand_mask(attention_mask)  # (B, 1, T, T) or None
         for layer in layers:
-            hidden, weights = layer(hidden, mask, attend)
+            hidden, weights = check_pair("a layer", layer(hidden, mask, attend))
             yield hidden, weights
 
     @classmethod

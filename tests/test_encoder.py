@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 from minibert import BertConfig, BertModel, BertModelOutput, cls_pooling, mean_pooling
-from minibert.attention import expand_mask, sdpa_attention
+from minibert.attention import ATTENTION_FUNCTIONS, expand_mask, sdpa_attention
 from minibert.config import HIDDEN_ACTS
 from minibert.layers import ACTIVATIONS, EncoderLayer
 from tests.conftest import TINY
@@ -196,6 +196,39 @@ def test_attention_maps_are_distributions_over_the_tokens() -> None:
     assert (maps[0][0, :, :, 9:] == 0).all()
 
 
+def test_an_attention_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing_but_itself(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        weights = torch.eye(query.shape[2]).expand(*query.shape[:3], -1)  # (B, N, T, T)
+        return weights @ value, weights
+
+    monkeypatch.setitem(ATTENTION_FUNCTIONS, "itself", nothing_but_itself)
+    model = BertModel(CONFIG, attention="itself").eval()
+    ids = random_ids(2, 13)
+    output = model(ids, output_attentions=True)
+    assert output.attentions[1][1, 2].equal(torch.eye(13))
+    ids[:, 1:] = 5  # each token is encoded as if it were alone, so the first is not changed
+    assert model(ids).last_hidden_state[:, 0].allclose(output.last_hidden_state[:, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "packed"])
+@pytest.mark.parametrize("part", ["layers.1", "layers.0.attention"])
+def test_a_part_that_gives_no_pair_is_refused(attention: str, part: str) -> None:
+    model = BertModel(CONFIG, attention=attention).eval()
+    model.get_submodule(part).register_forward_hook(lambda module, inputs, output: output[0])
+    kind = "a layer" if part == "layers.1" else "an attention"
+    with pytest.raises(TypeError, match=f"{kind} gave a tensor, it must give a pair: its states, and the att"):
+        model(random_ids(2, 5))  # two texts, which could be taken for two outputs
+
+
+def test_a_layer_without_attention_weights_keeps_its_place() -> None:
+    model = BertModel(CONFIG, attention="eager").eval()
+    whole = model(random_ids(2, 5), output_attentions=True).attentions
+    model.layers[0].register_forward_hook(lambda module, inputs, output: (output[0], None))
+    without = model(random_ids(2, 5), output_attentions=True).attentions
+    assert without[0] is None
+    assert without[1].equal(whole[1])
+
+
 def test_fresh_weights_are_berts() -> None:
     model = BertModel(BertConfig(vocab_size=997, hidden_size=60, num_attention_heads=5, num_hidden_layers=1))
     words = model.embeddings.word.weight
@@ -255,6 +288,9 @@ def test_attention_weights_of_sdpa_are_refused() -> None:
         BertModel(CONFIG)(IDS, output_attentions=True)
     with pytest.raises(ValueError, match="attention is 'flash', it must be eager, sdpa or packed"):
         BertModel(CONFIG, attention="flash")
+    model = BertModel(CONFIG)
+    with pytest.raises(ValueError, match="attention is 'flash', it must be eager, sdpa or packed"):
+        model.attention = "flash"
 
 
 def test_model_without_token_types_refuses_them() -> None:
