@@ -26,11 +26,20 @@ def test_minilm(minilm: Path, attention: str) -> None:
     torch.testing.assert_close(hidden, torch.tensor(GOLDENS["hidden_states[:][:, 1, 1:5]"]), **CLOSE)
     pooled = torch.tensor(GOLDENS["pooler_output[:, 1:5]"])
     torch.testing.assert_close(output.pooler_output[:, 1:5], pooled, **CLOSE)
+    long = torch.tensor(GOLDENS["last_hidden_state[4, ::7, 1:5]"])
+    torch.testing.assert_close(output.last_hidden_state[4, ::7, 1:5], long, **CLOSE)
     if attention == "eager":
-        maps = torch.stack([a[0, 1:4, 2, 3] for a in output.attentions])
-        torch.testing.assert_close(maps, torch.tensor(GOLDENS["attentions[:][0, 1:4, 2, 3]"]), **CLOSE)
+        maps = torch.stack([a[:3, 1:4, 2, 3] for a in output.attentions])
+        torch.testing.assert_close(maps, torch.tensor(GOLDENS["attentions[:][:3, 1:4, 2, 3]"]), **CLOSE)
     embeddings = encoder.encode(GOLDENS["texts"], convert_to_tensor=True)[:, :8]
     torch.testing.assert_close(embeddings, torch.tensor(GOLDENS["embeddings[:, :8]"]), **CLOSE)
+    pair = [torch.tensor(GOLDENS[f"pair's {name}"]) for name in ("input_ids", "token_type_ids")]
+    with torch.no_grad():
+        of_pair = encoder.model(pair[0], token_type_ids=pair[1])
+    second = torch.tensor(GOLDENS["pair's last_hidden_state[0, ::3, 1:5]"])
+    torch.testing.assert_close(of_pair.last_hidden_state[0, ::3, 1:5], second, **CLOSE)
+    pooled = torch.tensor(GOLDENS["pair's pooler_output[0, 1:5]"])
+    torch.testing.assert_close(of_pair.pooler_output[0, 1:5], pooled, **CLOSE)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
