@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            status = int(arguments.run(arguments))
+            status: int = arguments.run(arguments) or 0  # None of a command that can only succeed
         print(end="", flush=True)  # whether anybody reads the last lines is noticed now
         return status
     except KeyboardInterrupt:
@@ -123,17 +123,18 @@ def _parser() -> argparse.ArgumentParser:
 
     checking = commands.add_parser("parity", help="compare with transformers, bit by bit (needs transformers)")
     checking.add_argument("--model", default=DEFAULT_MODEL, metavar="MODEL", help=model_help)
-    checking.set_defaults(run=_parity)
+    checking.set_defaults(run=lambda arguments: parity.run(arguments.model))
     return parser
 
 
-def _encode(arguments: argparse.Namespace) -> int:
+def _encode(arguments: argparse.Namespace) -> None:
     output: Path | None = arguments.output
     if output is not None:
         _check_output(output)
     file = _text_file(arguments.sentences)
     if file is not None and output is not None and output.suffix == ".npy" and file.is_file():
-        return _encode_file(arguments, file, output)
+        _encode_file(arguments, file, output)
+        return
     if arguments.resume or arguments.shard:
         raise ValueError("--resume and --shard need a text file and -o FILE.npy")
     words = " ".join(arguments.sentences).split()
@@ -146,10 +147,9 @@ def _encode(arguments: argparse.Namespace) -> int:
     _print_embeddings(sentences[:SHOWN], embeddings)
     if output is not None:
         _print_written(output, embeddings)
-    return 0
 
 
-def _encode_file(arguments: argparse.Namespace, file: Path, output: Path) -> int:
+def _encode_file(arguments: argparse.Namespace, file: Path, output: Path) -> None:
     shard = Shard.parse(arguments.shard) if arguments.shard else Shard.from_torchrun()
     written = encode_file(
         _load(arguments),
@@ -166,13 +166,11 @@ def _encode_file(arguments: argparse.Namespace, file: Path, output: Path) -> int
     _print_written(written, embeddings)
     if shard is not None:
         print(f"once all are there: python -m minibert merge {output}")
-    return 0
 
 
-def _merge(arguments: argparse.Namespace) -> int:
+def _merge(arguments: argparse.Namespace) -> None:
     count = merge(arguments.output)
     print(f"wrote {arguments.output} from {count} shards, which can be removed")
-    return 0
 
 
 def _load(arguments: argparse.Namespace) -> SentenceEncoder:
@@ -255,7 +253,7 @@ def _write_embeddings(output: Path, embeddings: NDArray[np.float32]) -> None:
         temporary.replace(output)
 
 
-def _fetch(arguments: argparse.Namespace) -> int:
+def _fetch(arguments: argparse.Namespace) -> None:
     directory = resolve(arguments.model)
     print(f"{arguments.model}: {directory}")
     if arguments.verify:
@@ -265,17 +263,11 @@ def _fetch(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{arguments.model} is not in the catalog ({known}), which pins no sha256 for it")
         verify(directory, entry)
         print(f"{entry.file}: sha256 {entry.sha256}, as pinned")
-    return 0
 
 
-def _convert(arguments: argparse.Namespace) -> int:
+def _convert(arguments: argparse.Namespace) -> None:
     convert(arguments.model, arguments.directory)
     print(f"wrote {arguments.directory}: load it with --model {arguments.directory}")
-    return 0
-
-
-def _parity(arguments: argparse.Namespace) -> int:
-    return parity.run(arguments.model)
 
 
 if __name__ == "__main__":
