@@ -264,7 +264,11 @@ class SentenceEncoder(nn.Module):
 
     def _fast_copy(self) -> FastModel | None:
         """None if something is not as we made it: then `forward` is called."""
-        if not self._is_ours() or (fast := fast_copy(self.model, self.dtype)) is None:
+        plain = has_plain_forward(self, SentenceEncoder) and not has_hook(self.model)
+        if not plain or self.pooling not in PACKED_POOLINGS:
+            return None
+        fast = fast_copy(self.model, self.dtype)
+        if fast is None:
             return None
         stored, head_size = self.model.dtype, fast.config.head_size
         if self.dtype and torch.promote_types(self.dtype, stored) != stored:
@@ -278,11 +282,6 @@ class SentenceEncoder(nn.Module):
                 f"and a head size that is a multiple of 8 up to 256 (it is {head_size}): leave it out"
             )
         return fast
-
-    def _is_ours(self) -> bool:
-        """Whether `forward` is ours, and its pooling has a packed form."""
-        plain = has_plain_forward(self, SentenceEncoder) and not has_hook(self.model)
-        return plain and self.pooling in PACKED_POOLINGS
 
     def _pooled(
         self, fast: FastModel, ids: list[list[int]], batch_size: int | None
@@ -302,7 +301,7 @@ class SentenceEncoder(nn.Module):
 
     def _join(self, blocks: list[Tensor]) -> Tensor:
         """(n, H) of all; takes them off the list one by one, so that each is freed once it is copied."""
-        embeddings = self._zeros(sum(map(len, blocks)), *blocks[:1])
+        embeddings = self._zeros(sum(map(len, blocks)), blocks[0] if blocks else None)
         row = 0
         while blocks:
             block = blocks.pop(0)
