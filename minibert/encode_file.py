@@ -101,7 +101,7 @@ def encode_file(
     with locked(part):
         _tidy(part, target)
         if resume and not record_file(part).is_file() and target.is_file() and record_file(target).is_file():
-            _check_whole(target, task)
+            _matching_record(target, task)
             return target
         done, cut = _rows_done(part, task, resume)
         blocks = encoder.blocks_and_cuts(Lines(text, start + done, stop), batch_size, normalize)
@@ -159,7 +159,9 @@ def merge(output: Path) -> int:
     cut = 0
     for shard in wanted:
         start, stop = shard.rows(lines)
-        cut += _check_whole(shards[shard], task | {"start": start, "stop": stop, "done": stop - start})["cut"]
+        cut += _matching_record(shards[shard], task | {"start": start, "stop": stop, "done": stop - start})[
+            "cut"
+        ]
     part = Path(f"{output}.merging")
     with locked(part):
         _create(part, lines, width)
@@ -243,7 +245,7 @@ def _rows_done(part: Path, task: dict[str, Any], resume: bool) -> tuple[int, int
             f"{part} holds {done} of {record['stop'] - record['start']} rows of a stopped run: "
             f"go on with it with --resume, or remove it and {record_file(part).name}"
         )
-    _check_whole(part, task)
+    _matching_record(part, task)
     if not 0 < done <= rows:
         raise ValueError(
             f"{record_file(part)} says that {done} of {rows} rows are done: remove it and {part.name}"
@@ -251,7 +253,7 @@ def _rows_done(part: Path, task: dict[str, Any], resume: bool) -> tuple[int, int
     return done, record["cut"]
 
 
-def _check_whole(file: Path, task: dict[str, Any]) -> dict[str, Any]:
+def _matching_record(file: Path, task: dict[str, Any]) -> dict[str, Any]:
     """The record of `file`. Raises ValueError, saying what differs, unless it and array are of `task`."""
     record = _read_record(file)
     changed = [
@@ -277,10 +279,7 @@ def _create(file: Path, rows: int, width: int) -> None:
     """An array of zeros on the disk, all of whose room is taken now: a full disk is noticed before the work."""
     record_file(file).unlink(missing_ok=True)  # of an earlier file of this name
     with whole_or_gone(file):
-        array: NDArray[np.float32] = np.lib.format.open_memmap(
-            file, mode="w+", dtype=np.float32, shape=(rows, width)
-        )
-        del array
+        np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(rows, width))
         if hasattr(os, "posix_fallocate"):
             with file.open("r+b") as stream:
                 os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
