@@ -116,11 +116,11 @@ class Processes:
             states["cuda"] = torch.cuda.get_rng_state(self.device)
         return states
 
-    def set_random_state(self, rank_and_kind: str, state: Tensor) -> None:
-        """Takes back one of `random_states`, named RANK/KIND; does nothing if it is another process's."""
-        if rank_and_kind == f"{self.rank}/cpu":
+    def set_random_state(self, kind: str, state: Tensor) -> None:
+        """Takes back one of `random_states`, if this process has such a device."""
+        if kind == "cpu":
             torch.set_rng_state(state)
-        elif rank_and_kind == f"{self.rank}/cuda" and self.device.type == "cuda":
+        elif self.device.type == "cuda":
             torch.cuda.set_rng_state(state, self.device)
 
     def close(self) -> None:

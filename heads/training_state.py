@@ -75,6 +75,8 @@ def restore(
             device = torch.device("cpu") if on_cpu else parameters[parameter].device
             optimizer.state[parameters[parameter]][key] = tensor.clone().to(device)
         elif kind == "random":
-            processes.set_random_state(rest, tensor.clone())
+            rank, _, device_kind = rest.partition("/")
+            if rank == str(processes.rank):
+                processes.set_random_state(device_kind, tensor.clone())
         else:
             parameters[name].data.copy_(tensor)
