@@ -43,7 +43,7 @@ class FastModel:
         self.layers: list[Callable[..., tuple[Tensor, Tensor | None]]] = []
         for layer in list(model.layers)[:layers]:
             self.layers.append(FusedLayer(layer, model.config.hidden_act, dtype))  # type: ignore[arg-type]
-            release_memory(list(layer.parameters()))
+            release_memory(layer.parameters())
 
 
 def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> FastModel | None:
@@ -57,11 +57,12 @@ def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> FastModel |
     if not isinstance(model, BertModel):  # somebody's own around it
         return None
     parts, numbers = _made_of(model)
+    numbers.append(dtype)
     with _LOCK:
         kept: _Kept | None = vars(model).get("_kept")
-        if kept is None or not kept.is_of(parts, [dtype, *numbers]):
+        if kept is None or not kept.is_of(parts, numbers):
             kept = vars(model)["_kept"] = None  # before its successor takes as much memory
-            kept = vars(model)["_kept"] = _Kept(model, dtype, parts, [dtype, *numbers])
+            kept = vars(model)["_kept"] = _Kept(model, dtype, parts, numbers)
         return kept.copy
 
 
