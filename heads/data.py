@@ -80,8 +80,7 @@ def read_examples(
         part = row.get(split, "").strip() if split else ""
         if part not in ("", *SPLITS):
             raise DataError(f"{where}: {split} is {part!r}, it must be {', '.join(SPLITS)} or empty")
-        labels = {task: row.get(column, "").strip() for task, column in tasks.items()}
-        labels = {task: label for task, label in labels.items() if label}
+        labels = {task: label for task, column in tasks.items() if (label := row.get(column, "").strip())}
         examples.append(Example(row[text], labels, where, part, source))
     if not examples:
         raise DataError(f"{path} holds no examples")

@@ -41,7 +41,7 @@ def score(metrics: Mapping[str, TaskMetrics], name: str) -> float:
     `name` is loss, accuracy or macro_f1, the mean over the tasks that have labels; or TASK.loss and so on.
     """
     task, _, metric = name.rpartition(".")
-    values = [getattr(m, metric) for t, m in metrics.items() if t == (task or t)]
+    values = [getattr(m, metric) for t, m in metrics.items() if task in ("", t)]
     known: list[float] = [value for value in values if value is not None]
     return (-1.0 if metric == "loss" else 1.0) * sum(known) / len(known)
 

@@ -273,4 +273,4 @@ def _build_head(name: str, sizes: Any) -> MLPHead:
         raise ValueError(
             f"head {name} is not an MLPHead: pass it as from_pretrained(..., heads={{{name!r}: ...}})"
         )
-    return MLPHead(*(sizes[size] for size in names))
+    return MLPHead(**{n: sizes[n] for n in names})
