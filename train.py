@@ -178,8 +178,8 @@ def train(
                 *sums, signals = processes.totals(  # of all processes, in one exchange
                     [*(loss.item() for loss in losses.values()), *hits, float(len(caught))]
                 )
-                mean_losses = [value / processes.count for value in sums[: len(losses)]]
-                means, hits = dict(zip(losses, mean_losses, strict=True)), sums[len(losses) :]
+                means = {task: total / processes.count for task, total in zip(losses, sums, strict=False)}
+                hits = sums[len(losses) :]
                 for task, value in means.items():
                     check_finite(f"loss of {task}", value, record)
                 objective.backward()
@@ -372,10 +372,10 @@ def check_settings(
     build_loss(options, model)
     if not plan.trains_nothing(model) and not plan.trained(model, 0):
         raise ValueError(f"--freeze {options.freeze} leaves nothing to train in the first epoch")
-    task = options.metric.rpartition(".")[0]
-    if task and task not in model.heads:
-        raise ValueError(f"--metric {options.metric}: no task {task!r}, there are: {', '.join(model.heads)}")
-    judged = [task] if task else list(model.heads)
+    judge = options.metric.rpartition(".")[0]
+    if judge and judge not in model.heads:
+        raise ValueError(f"--metric {options.metric}: no task {judge!r}, there are: {', '.join(model.heads)}")
+    judged = [judge] if judge else list(model.heads)
     if not any(sets["validation"].has_labels(name) for name in judged):
         raise ValueError(f"--metric {options.metric}: no validation sentence has a label for it")
     for task in judged:
