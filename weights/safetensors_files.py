@@ -112,11 +112,11 @@ def _what_it_is(path: Path) -> str:
         return reason
     size = path.stat().st_size
     with path.open("rb") as file:
-        if file.read(2) in (b"PK", b"\x80\x02"):
-            return "is a PyTorch pickle under this name, not safetensors"
-        file.seek(0)
-        header_size = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        header_size = int.from_bytes(start, "little")
         header = file.read(header_size) if header_size <= size - 8 else b""
+    if start.startswith((b"PK", b"\x80\x02")):
+        return "is a PyTorch pickle under this name, not safetensors"
     try:
         ends = [v["data_offsets"][1] for k, v in json.loads(header).items() if k != "__metadata__"]
     except (ValueError, TypeError, KeyError, AttributeError, IndexError):
@@ -182,10 +182,10 @@ def _staging(place: Path) -> Iterator[Path]:
 
 def _write(path: Path, content: bytes | Mapping[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
+        path.touch()
         permissions = path.stat().st_mode  # safetensors would leave the file readable by its owner only
         # transformers refuses files that do not say "pt"
         save_file(_unshared(content), path, metadata={"format": "pt"})
