@@ -23,11 +23,7 @@ class MultiTaskLoss(nn.Module):
     """
 
     def __init__(
-        self,
-        tasks: Sequence[str],
-        *,
-        weights: Mapping[str, float] | None = None,
-        uncertainty: bool = False,
+        self, tasks: Sequence[str], *, weights: Mapping[str, float] | None = None, uncertainty: bool = False
     ) -> None:
         super().__init__()
         weights = weights or {}

@@ -130,11 +130,7 @@ register_optimizer_step_post_hook(_note_fused_step)
 
 
 def run_texts(
-    fast: FastModel,
-    ids: Sequence[Sequence[int]],
-    batch_size: int | None = None,
-    *,
-    compiled: bool = False,
+    fast: FastModel, ids: Sequence[Sequence[int]], batch_size: int | None = None, *, compiled: bool = False
 ) -> Iterator[tuple[list[int], Packing, Tensor]]:
     """`run` of all texts that have a token, the longest first, in batches of `batch_size` or the budget.
 

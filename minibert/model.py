@@ -123,11 +123,7 @@ class BertModel(nn.Module):
         )
 
     def run_layers(
-        self,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        start: int = 0,
-        stop: int | None = None,
+        self, hidden: Tensor, attention_mask: Tensor | None, start: int = 0, stop: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Layer by layer from `start` up to, not including, `stop`: its output and attention weights.
 

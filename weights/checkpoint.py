@@ -159,12 +159,7 @@ def save_checkpoint(
         "dtype": str(dtype).removeprefix("torch."),
     }
     write_directory(
-        Path(directory),
-        {
-            SINGLE: published,
-            "config.json": to_json(written),
-            **(other_files or {}),
-        },
+        Path(directory), {SINGLE: published, "config.json": to_json(written), **(other_files or {})}
     )
 
 

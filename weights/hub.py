@@ -14,18 +14,8 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 # where sentence-transformers says how many tokens a text may have; the first there is counts
 LENGTH_FILES = ("sentence_bert_config.json", "sentence_distilbert_config.json")
 # all of its files; last the one that names the others
-POOLING_FILES = (
-    *LENGTH_FILES,
-    "config_sentence_transformers.json",
-    "1_Pooling/config.json",
-    "modules.json",
-)
-OPTIONAL_FILES = (
-    "tokenizer_config.json",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    *POOLING_FILES,
-)
+POOLING_FILES = (*LENGTH_FILES, "config_sentence_transformers.json", "1_Pooling/config.json", "modules.json")
+OPTIONAL_FILES = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", *POOLING_FILES)
 
 
 class ModelNotFoundError(FileNotFoundError):
