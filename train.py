@@ -30,7 +30,7 @@ from heads.evaluation import evaluate, evaluation_batches, majority_accuracies, 
 from heads.features import compute, fill, size_in_bytes
 from heads.options import Options, read_options
 from heads.processes import FirstFailedError, Processes, catching_interrupts
-from heads.report import Bar, print_epoch, print_results, write_report
+from heads.report import Bar, print_epoch, print_results, print_sets, write_report
 from heads.run_directory import RunDirectory
 from heads.sets import read_sets
 from heads.training_state import Progress, collect, restore
@@ -65,9 +65,9 @@ def build_model(options: Options, tasks: list[str], examples: list[Example]) -> 
         encoder = BertModel.from_pretrained(directory, dtype=torch.float32)
     new = [task for task in tasks if task not in heads]
     if options.eval_only and (new or not heads):
-        known = f"its heads are: {', '.join(heads)}" if heads else "and none at all"
+        lacks = f"no head for {new[0]}, but for {', '.join(heads)}" if heads else "no heads"
         raise ValueError(
-            f"--eval-only: {options.model} has no head for {new[0] if new else 'any task'}, {known}"
+            f"--eval-only: {options.model} has {lacks}"
             + ("" if options.task else " (without --test FILE and --task it is for the bundled sentences)")
         )
     labels |= label_names(examples, new)
@@ -328,7 +328,7 @@ def run_all(options: Options, processes: Processes, held: ExitStack) -> None:
     assert model.tokenizer is not None
     sets = {name: SentenceDataset(some, model.tokenizer, model.labels) for name, some in examples.items()}
     if processes.is_first:
-        print(f"sentences: {', '.join(f'{len(dataset):,} {name}' for name, dataset in sets.items())}")
+        print_sets(sets, model.labels)
     if options.eval_only:
         run = open_run(options, model, processes, held) if options.output else None
     else:

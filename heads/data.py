@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -132,6 +133,10 @@ def _table_rows(
         names = [name.strip() for name in next(reader, [])]
         if repeated := [name for name in names if name and names.count(name) > 1]:
             raise DataError(f"{path}, line 1: two columns are named {repeated[0]!r}")
+        separator = "tabs" if path.suffix.lower() == ".tsv" else "commas"
+        if len(names) == 1 and names[0] not in needed and (other := re.search("[;\t,|]", names[0])):
+            found = f"{path}, line 1: columns are separated by {other[0]!r}"
+            raise DataError(f"{found}, in a {path.suffix} it must be by {separator}")
         if names and (missing := [name for name in needed if name not in names]):
             raise DataError(
                 f"{path}, line 1: no column {missing[0]!r}, there are: {_listed(names)}; {SAY_WHICH}"
@@ -156,13 +161,15 @@ def _json_rows(path: Path, lines: Iterator[str], used: set[str | None]) -> Itera
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
-                raise TypeError(f"it is a {type(row).__name__}")
+                raise ValueError(f"it is a {type(row).__name__}")
             cells = {key: _cell(value) if key in used else "" for key, value in row.items()}
             "".join(cells.values()).encode()
         except UnicodeEncodeError as error:
             raise DataError(f"{path}, line {number}: not valid Unicode, it has a lone surrogate") from error
-        except (ValueError, TypeError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not a JSON object of plain values ({error})") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: not a JSON object ({error})") from error
+        except TypeError as error:
+            raise DataError(f"{path}, line {number}: {error}") from error
         yield number, cells
 
 
@@ -170,7 +177,9 @@ def _cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, dict | list | float):
-        raise TypeError(f"{value!r:.40} cannot be a text or a label, only strings, integers and booleans can")
+        raise TypeError(
+            f"{value!r:.40} is neither a string nor an integer nor a boolean, as text and labels must be"
+        )
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -193,14 +202,23 @@ def label_names(examples: Sequence[Example], tasks: Sequence[str]) -> dict[str, 
 
 
 def _warn_of_odd_labels(task: str, labels: set[str]) -> None:
-    """Warns of labels that another program may have made of an empty cell, or of a whole number."""
+    """Warns of a label that another program may have made of an empty cell, and of one spelt in two ways."""
     if missing := sorted(labels & NOTHING):
         warnings.warn(f"{missing[0]!r} is a label of {task}: if it means none, empty the cells", stacklevel=1)
+    spelt: dict[str, str] = {}
     for label in sorted(labels):
-        if label.endswith(".0") and label.removesuffix(".0") in labels:
-            twice = f"{label.removesuffix('.0')!r} and {label!r} are two labels of {task}"
-            warnings.warn(f"{twice}: write the number in one way", stacklevel=1)
+        other = spelt.setdefault(without_spelling(label).removesuffix(".0"), label)
+        if other != label:
+            warnings.warn(
+                f"{other!r} and {label!r} are two labels of {task}: write them in one way if they are one",
+                stacklevel=1,
+            )
             return
+
+
+def without_spelling(text: str) -> str:
+    """The same for texts that differ in capitals and spaces only."""
+    return " ".join(text.lower().split())
 
 
 def stratified_split(examples: Sequence[Example], fraction: float) -> tuple[list[Example], list[Example]]:
@@ -216,7 +234,7 @@ def stratified_split(examples: Sequence[Example], fraction: float) -> tuple[list
     """
     together: dict[str, list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
-        together[" ".join(example.text.lower().split())].append(index)
+        together[without_spelling(example.text)].append(index)
     strata: dict[tuple[object, ...], list[list[int]]] = defaultdict(list)
     for group in together.values():
         kinds = (part for i in group for part in (examples[i].source, *sorted(examples[i].labels.items())))
@@ -241,8 +259,9 @@ def stratified_split(examples: Sequence[Example], fraction: float) -> tuple[list
     if not held:
         once = list(rest.values()).count(1)
         raise DataError(
-            f"none of {len(examples)} examples can be held out, {once} of {len(rest)} labels come only once: "
-            "give a validation file"
+            f"none of {len(together)} texts can be held out, of which {fraction:g} should be; {once} of "
+            f"{len(rest)} labels come only once: give a validation file, a larger --validation-fraction, or "
+            "another column of labels"
         )
     return (
         [example for i, example in enumerate(examples) if i not in held],

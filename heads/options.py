@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from minibert.freezing import FreezePlan
+from minibert.freezing import GROUPS, FreezePlan
 from weights.json_files import read_json
 
 FREE_ON_RESUME = {"output", "resume", "save_every", "device"}
@@ -26,7 +26,7 @@ class Options:
         "bert-base-uncased", "what to start from: a name, a directory, or best/ of a run", "NAME_OR_DIR"
     )
     data: str = option("demo", "what to train on if no --train is given", choices=("demo", "dummy"))
-    train: tuple[str, ...] = option((), "training file; or TASK=FILE, once for each task", "FILE")
+    train: tuple[str, ...] = option((), "training file, or TASK=FILE, repeatable", "FILE")
     validation: tuple[str, ...] = option((), "validation file, or TASK=FILE, repeatable", "FILE")
     test: tuple[str, ...] = option((), "test file, or TASK=FILE, repeatable", "FILE")
     text: str = option("text", "the column of text", "COLUMN")
@@ -40,7 +40,8 @@ class Options:
     )
     freeze: str = option(
         "none",
-        "none | all | backbone | head:NAME | layers:K | gradual[:EPOCHS], joined by commas; or only:GROUPS",
+        "none | all | backbone, head:NAME, layers:K, gradual[:EPOCHS] (several joined by commas) | "
+        f"only:GROUPS ({GROUPS})",
         "PLAN",
     )
     epochs: int = option(5, "passes over the training set", "N")
@@ -223,5 +224,8 @@ def read_options(argv: list[str] | None) -> Options:
         if name not in FREE_ON_RESUME and value != getattr(begun, name)
     ]
     if changed:
-        raise ValueError(f"--resume: the run in {config.parent} has other options: {'; '.join(changed)}")
+        raise ValueError(
+            f"--resume: the run in {config.parent} has other options: {'; '.join(changed)} (to train on in "
+            f"another way, begin a run with --model {config.parent / 'best'})"
+        )
     return options

@@ -5,16 +5,20 @@ from __future__ import annotations
 import importlib.util
 import time
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from heads.data import SentenceDataset
+from heads.losses import MISSING
 from heads.metrics import TaskMetrics
 from heads.run_directory import RunDirectory
 from weights.json_files import to_json
 
 LEGIBLE = 40  # so many classes can be written beside a matrix
+LISTED = 8  # and so many in a line
 Results = Mapping[str, Mapping[str, TaskMetrics]]  # set -> task -> metrics
 
 
@@ -58,6 +62,17 @@ def write_report(
             return
         text += "".join(f"\n\n![{name}]({name})" for name in names)
         run.write({"report.md": f"{text}\n".encode()})
+
+
+def print_sets(sets: Mapping[str, SentenceDataset], labels: Mapping[str, Sequence[str]]) -> None:
+    """How many sentences there are, and from how many each label is learned, the most frequent first."""
+    print(f"sentences: {', '.join(f'{len(dataset):,} {name}' for name, dataset in sets.items())}")
+    for task, names in labels.items() if "train" in sets else ():
+        counts = Counter(sets["train"].labels[task].tolist())
+        del counts[MISSING]
+        listed = ", ".join(f"{names[index]} {count:,}" for index, count in counts.most_common(LISTED))
+        more = f", and {len(counts) - LISTED} more" * (len(counts) > LISTED)
+        print(f"  {task:<12} {listed or 'no label'}{more}")
 
 
 def print_epoch(title: str, record: Mapping[str, Any], majorities: Mapping[str, float | None]) -> None:

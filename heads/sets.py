@@ -5,7 +5,16 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from heads.data import DEMO, SPLITS, DataError, Example, dummy_examples, read_examples, stratified_split
+from heads.data import (
+    DEMO,
+    SPLITS,
+    DataError,
+    Example,
+    dummy_examples,
+    read_examples,
+    stratified_split,
+    without_spelling,
+)
 from heads.options import Options
 from weights.checkpoint import HEADS
 
@@ -40,7 +49,20 @@ def read_sets(options: Options) -> tuple[dict[str, list[Example]], list[str]]:
                 "tasks and --validation-fraction were the same; a column named split can mark its rows",
                 stacklevel=1,
             )
+    for name in ("validation", "test"):
+        _warn_of_seen(sets["train"], sets[name], name)
     return {name: examples for name, examples in sets.items() if examples}, list(tasks)
+
+
+def _warn_of_seen(train: list[Example], examples: list[Example], name: str) -> None:
+    """Warns where a set has texts that are trained on."""
+    trained = {without_spelling(example.text) for example in train}
+    if seen := [example for example in examples if without_spelling(example.text) in trained]:
+        warnings.warn(
+            f"{len(seen)} of {len(examples)} {name} sentences are among those for training, too (the first: "
+            f"{seen[0].where}): what comes out on them says little of new ones",
+            stacklevel=1,
+        )
 
 
 def read_files(options: Options, name: str, tasks: dict[str, str]) -> list[Example]:

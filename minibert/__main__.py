@@ -137,6 +137,8 @@ def _encode(arguments: argparse.Namespace) -> None:
         return
     if arguments.resume or arguments.shard:
         raise ValueError("--resume and --shard need a text file and -o FILE.npy")
+    if output is not None and Shard.from_torchrun():
+        raise ValueError(f"several processes would write {output}: give them a text file and -o FILE.npy")
     words = " ".join(arguments.sentences).split()
     if output is not None and file is None and len(words) == 1 and words != ["-"]:
         warnings.warn(f"there is no file {words[0]}: it is encoded as a sentence", stacklevel=1)

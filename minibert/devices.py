@@ -1,6 +1,7 @@
 """Where a program computes."""
 
 import os
+import re
 
 import torch
 
@@ -18,9 +19,9 @@ def find_device(name: str) -> torch.device:
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
+        if not re.fullmatch(r"cpu|cuda:\d+", name):
+            raise RuntimeError("it must be auto, cpu, cuda or cuda:N")
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("it must be cpu or cuda")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # no such kind of device, or none of it here
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error

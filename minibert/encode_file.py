@@ -59,8 +59,8 @@ class Shard:
 
 def encode_file(
     encoder: SentenceEncoder,
-    text: Path,
-    output: Path,
+    text: str | Path,
+    output: str | Path,
     *,
     batch_size: int | None = None,
     normalize_embeddings: bool | None = None,
@@ -74,9 +74,10 @@ def encode_file(
     Raises:
         ValueError: the text is empty, not UTF-8, or changes meanwhile; fewer lines than shards; a
             stopped run lies there and `resume` is false, or it was of another text, model or setting;
-            another process is at it.
+            another process is at it; an encoder whose vectors are not as wide as its model's states.
         OSError: a file cannot be read or written, or the disk has no room for the whole array.
     """
+    text, output = Path(text), Path(output)
     version = _version(text)
     lines, digest = _scan(text)
     if shard and lines < shard.count:
@@ -109,6 +110,11 @@ def encode_file(
             _create(part, stop - start, width)
         try:
             for block, cut_here in blocks:
+                if block.shape[1] != width:
+                    raise ValueError(
+                        f"this encoder's `forward` gives {block.shape[1]} numbers, its model has {width}: write "
+                        "what its encode_blocks gives yourself"
+                    )
                 _write(part, done, block.float().cpu().numpy())  # the rows before the record that counts them
                 done += len(block)
                 cut += cut_here
@@ -120,7 +126,7 @@ def encode_file(
             if not record_file(part).is_file():  # nothing to go on from
                 part.unlink()
             if isinstance(error, KeyboardInterrupt):
-                way = ": --resume goes on there" if done else ", which are written some thousands at a time"
+                way = ": --resume goes on there" if done else ", before the first were written"
                 print(f"\nstopped after {done} of {stop - start} rows{way}", file=sys.stderr)
             raise
         _publish(part, target)
@@ -197,7 +203,7 @@ def _fingerprint(encoder: SentenceEncoder) -> str:
     digest = hashlib.sha256(to_json(encoder.model.config.to_dict()))
     for content in encoder.tokenizer.files().values():
         digest.update(content)
-    for name, tensor in encoder.model.state_dict().items():
+    for name, tensor in encoder.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -257,12 +263,14 @@ def _matching_record(file: Path, task: dict[str, Any]) -> dict[str, Any]:
     """The record of `file`. Raises ValueError, saying what differs, unless it and array are of `task`."""
     record = _read_record(file)
     changed = [
-        f"another {key}" if key in ("text", "model") else f"{key} was {record.get(key)}, is {task[key]}"
+        f"another {key}" if key in ("text", "model") else f"{key} {record.get(key)} instead of {task[key]}"
         for key in task
         if record.get(key) != task[key]
     ]
     if changed:
-        raise ValueError(f"{file} was made otherwise: {'; '.join(changed)}: remove it, or give another name")
+        raise ValueError(
+            f"{file} was made otherwise, with {', '.join(changed)}: remove it, or give another name"
+        )
     shape = (task["stop"] - task["start"], task["hidden_size"])
     try:
         array = np.load(file, mmap_mode="r")

@@ -21,8 +21,8 @@ from minibert.model import BertModel, uncompiled
 
 STRATEGIES = "none, all, backbone, head:NAME, layers:K, gradual, gradual:EPOCHS, only:GROUPS"
 GROUPS = "embeddings, layers, layers.I, layers.I-J, heads, heads.NAME"
-STRATEGY = re.compile(r"none|all|backbone|head:.+|layers:\d+|gradual|gradual:[1-9]\d*")
-GROUP = re.compile(r"embeddings|layers|layers\.\d+(-\d+)?|heads|heads\..+")
+STRATEGY = re.compile(r"none|all|backbone|head:.+|layers:\d+|gradual(:[1-9]\d*)?")
+GROUP = re.compile(r"embeddings|layers(\.\d+(-\d+)?)?|heads(\..+)?")
 
 
 class Headed(Protocol):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from minibert.config import BertConfig
+from weights.checkpoint import FLOATS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,6 +32,12 @@ def check_inputs(
         _check_integers("token_type_ids", token_type_ids)
         _check_shape("token_type_ids", token_type_ids, input_ids.shape)
         _check_range("token_type_ids", token_type_ids, config.type_vocab_size, "type_vocab_size")
+
+
+def check_dtype(dtype: object) -> None:
+    """Raises ValueError unless a model can be in it, or it is None."""
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dtype is {dtype!r}, it must be torch.float32, bfloat16, float16 or float64")
 
 
 def check_ids(config: BertConfig, input_ids: Array, longest: int) -> None:

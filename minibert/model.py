@@ -11,12 +11,11 @@ from torch.utils._pytree import _register_namedtuple
 from minibert.attention import ATTENTION_FUNCTIONS, expand_mask
 from minibert.config import BertConfig
 from minibert.embeddings import Embeddings
-from minibert.inputs import check_inputs, check_pair
+from minibert.inputs import check_dtype, check_inputs, check_pair
 from minibert.layers import EncoderLayer, Pooler
 from minibert.meta_device import without_numbers
 from minibert.packing import PaddedBatch
 from weights import load_checkpoint, resolve, save_checkpoint
-from weights.checkpoint import FLOATS
 
 
 class BertModelOutput(NamedTuple):
@@ -167,8 +166,7 @@ class BertModel(nn.Module):
             CheckpointError: config.json or the weights cannot be used.
             ValueError: `attention` or `dtype` is none of those.
         """
-        if dtype is not None and dtype not in FLOATS:
-            raise ValueError(f"dtype is {dtype!r}, it must be torch.float32, bfloat16, float16 or float64")
+        check_dtype(dtype)
         directory = resolve(name_or_path)
         config = BertConfig.from_pretrained(directory)
         checkpoint = load_checkpoint(directory)

@@ -119,7 +119,7 @@ def run(name_or_path: str) -> int:
     try:
         from transformers import AutoModel
     except ImportError as error:
-        raise ValueError("parity needs transformers: pip install 'minibert[test]'") from error
+        raise ValueError("parity needs transformers: `pip install transformers`") from error
     directory = resolve(name_or_path)
     all_equal = True
     for attention in ("eager", "sdpa"):

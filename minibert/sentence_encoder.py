@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from minibert.fast_attention import has_varlen
 from minibert.fast_inference import FastModel, fast_copy, in_batches, run_texts, token_budget
 from minibert.fused_layers import has_hook
+from minibert.inputs import check_dtype
 from minibert.model import BertModel, unwrapped
 from minibert.modes import evaluating
 from minibert.onednn import onednn_products
@@ -48,7 +49,7 @@ class SentenceEncoder(nn.Module):
     An `nn.Module`: `.to("cuda")`, and `forward` can be trained.
 
     Raises:
-        ValueError: `pooling` is neither.
+        ValueError: `pooling` is neither, or `dtype` no dtype for it.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class SentenceEncoder(nn.Module):
         compile: bool = False,
     ) -> None:
         super().__init__()
+        check_dtype(dtype)
         self.model = model
         self.tokenizer = tokenizer
         self.pooling = pooling

@@ -58,8 +58,11 @@ def _refuse_extras(path: Path) -> None:
 def _refuse_other_states(path: Path) -> None:
     """What the transformer gives must be its last hidden state, of texts cut by the model's own limit."""
     settings = read_json(path) if path.is_file() else {}
-    if settings.get("processing_kwargs"):
-        raise CheckpointError(f"{path}: processing_kwargs {settings['processing_kwargs']} are not supported")
+    for name in ("processing_kwargs", "processor_kwargs", "tokenizer_args", "config_kwargs", "config_args"):
+        if settings.get(name):
+            raise CheckpointError(f"{path}: {name} {settings[name]} are not supported")
+    if (task := settings.get("transformer_task", "feature-extraction")) != "feature-extraction":
+        raise CheckpointError(f"{path}: transformer_task {task!r} is not supported, only 'feature-extraction'")
     try:
         state = settings["modality_config"]["text"]["method_output_name"]
     except (KeyError, TypeError):  # nothing is said
@@ -69,19 +72,22 @@ def _refuse_other_states(path: Path) -> None:
 
 
 def _read_pooling(path: Path) -> str:
-    """Understands both spellings: `"pooling_mode": "mean"`, and a true `pooling_mode_mean_tokens`."""
+    """Understands `"pooling_mode": "mean"` and, older, a true `pooling_mode_mean_tokens`; mean without both."""
     settings = read_json(path)
-    modes = {name for name, value in settings.items() if name.startswith("pooling_mode_") and value is True}
-    modes |= {str(settings["pooling_mode"])} if "pooling_mode" in settings else set()
+    older = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value is True]
+    modes = settings.get("pooling_mode", older or "mean")
+    modes = modes if isinstance(modes, list) else [modes]
     known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-    poolings: set[str] = {known.get(mode, mode) for mode in modes}
-    if poolings not in ({"mean"}, {"cls"}):
-        raise CheckpointError(f"{path} asks for pooling by {sorted(modes)}, only mean or cls is supported")
-    return poolings.pop()
+    poolings = [known.get(str(mode), str(mode)) for mode in modes]
+    if poolings not in (["mean"], ["cls"]):
+        raise CheckpointError(f"{path} asks for pooling by {modes}, only mean or cls is supported")
+    return poolings[0]
 
 
 def module_files(pooling: str, normalize: bool, *, hidden_size: int, max_seq_length: int) -> dict[str, bytes]:
-    """The inverse of `read_modules`: file name -> contents."""
+    """The inverse of `read_modules`: file name -> contents. Raises ValueError of a pooling it cannot name."""
+    if pooling not in ("mean", "cls"):
+        raise ValueError(f"pooling by {pooling!r} cannot be saved, only by mean or cls")
     modules = [("Transformer", ""), ("Pooling", "1_Pooling")] + [("Normalize", "2_Normalize")] * normalize
     return {
         "modules.json": to_json(

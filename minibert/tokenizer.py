@@ -60,9 +60,9 @@ class Tokenizer:
         """From a model's tokenizer.json, or its vocab.txt and the `do_lower_case` beside it.
 
         Reads these and the tokens added beside them (tokenizer_config.json, added_tokens.json,
-        special_tokens_map.json) as transformers does. The limit is the model's own: the smallest of
-        max_position_embeddings (config.json), model_max_length (tokenizer_config.json) and max_seq_length
-        (sentence_bert_config.json).
+        special_tokens_map.json) as transformers does. The limit is the model's own, as for
+        sentence-transformers: max_seq_length (sentence_bert_config.json) or else model_max_length
+        (tokenizer_config.json), but at most max_position_embeddings (config.json).
 
         Raises:
             ModelNotFoundError: no such model on disk or on the hub.
@@ -81,8 +81,8 @@ class Tokenizer:
                 "which is not supported: set it to false, or lower-case in tokenizer_config.json"
             )
         limit = settings.get("model_max_length", settings.get("max_len"))  # which it was called before
-        limits = (limit, sentence_settings.get("max_seq_length"))
-        max_length = min([config.max_position_embeddings, *(int(limit) for limit in limits if limit)])
+        limit = sentence_settings.get("max_seq_length", limit) or config.max_position_embeddings
+        max_length = min(int(limit), config.max_position_embeddings)
         try:
             return cls(
                 backend,
@@ -196,10 +196,12 @@ def as_list(texts: str | Iterable[str]) -> list[str]:
 
 def as_iterable(texts: str | Iterable[str]) -> Iterable[str]:
     """One text -> a list of it; several as they are. Raises TypeError for what is neither."""
+    if isinstance(texts, str):
+        return [texts]
     not_a_row = getattr(texts, "ndim", 1) != 1  # a table would give the names of its columns
     if isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable) or not_a_row:
         raise TypeError(f"the texts are {type(texts).__name__}, they must be a string or several")
-    return [texts] if isinstance(texts, str) else texts
+    return texts
 
 
 def check_texts(texts: Sequence[object], first: int = 0, kind: str = "text") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,9 +71,13 @@ def read_tokenizer(directory: Path, settings: Mapping[str, Any]) -> tuple[tokeni
         backend = _from_vocabulary(path)
     else:
         raise CheckpointError(f"{directory} wants a {kind}, which is not supported without tokenizer.json")
+    published = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     if is_berts:
+        if "added_tokens_decoder" in settings:  # which counts for more
+            published = {}
         _make_berts(backend, path, settings)
-    special_tokens = _add_tokens(backend, directory, settings)
+        backend.add_tokens(list(published.values()))
+    special_tokens = _add_tokens(backend, directory, settings, published.keys())
     backend.encode_special_tokens = settings.get("split_special_tokens", False)
     for name in ("cls_token", "sep_token", "unk_token"):
         if is_berts and special_tokens.get(name, SPECIAL_TOKENS[name]) != SPECIAL_TOKENS[name]:
@@ -142,10 +146,13 @@ def _template(ids: Mapping[str, int]) -> tokenizers.processors.TemplateProcessin
     )
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+def _add_tokens(
+    backend: tokenizers.Tokenizer, directory: Path, settings: Mapping[str, Any], published: Collection[str]
+) -> dict[str, str]:
     """Adds what the files beside the vocabulary add to it; returns what BERT's special tokens are called here.
 
-    As transformers: `added_tokens_decoder` makes the two older files superfluous.
+    As transformers: `added_tokens_decoder` makes the two older files superfluous, and what tokenizer.json has
+    `published` stays as it is.
     """
     from tokenizers import AddedToken
 
@@ -177,7 +184,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, directory: Path, settings: Mappin
                 f"{directory}: the added token {token.content!r} should have the id {number}, "
                 f"but would have {given}"
             )
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    known = {*published, *(token.content for token in added.values())}
     backend.add_tokens([token for token in special if token.content not in known])
     return {name: token.content for name, token in named.items() if name in SPECIAL_TOKENS}
 

@@ -168,7 +168,7 @@ def test_closed_streams(tmp_path: Path) -> None:
         (["-"], b"fine\nb\xe4d\n", "standard input, line 2: not UTF-8 (byte 0xe4 at position 1)"),
         (["a\udcff"], b"", "text 0 is not valid Unicode"),
         (["--model", "no-such-model", "a"], b"", "no model 'no-such-model'"),
-        (["--device", "meta", "a"], b"", "--device meta: it must be cpu or cuda"),
+        (["--device", "meta", "a"], b"", "--device meta: it must be auto, cpu, cuda or cuda:N"),
         (["--device", "cuda:99", "a"], b"", "--device cuda:99: "),
     ],
 )

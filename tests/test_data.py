@@ -25,6 +25,7 @@ from heads.data import (
     stratified_split,
 )
 from heads.options import read_options
+from heads.report import print_sets
 from heads.sets import read_sets
 from minibert import Tokenizer
 
@@ -87,6 +88,27 @@ def test_rows_marked_for_another_set_are_not_used(tmp_path: Path) -> None:
         read_sets(read_options(["--train", str(path), "--test", str(path), *options]))
 
 
+def test_sentences_that_are_trained_on_prove_little(tmp_path: Path) -> None:
+    train = write(tmp_path / "a.csv", "text,kind\nOne,x\ntwo,y\nthree,x\nfour,y\n")
+    test = write(tmp_path / "b.csv", "text,kind\nfive,x\none ,y\n")
+    options = ["--train", str(train), "--validation", str(train), "--task", "type=kind"]
+    with pytest.warns(UserWarning, match=r"4 of 4 validation .* are among those for training.*a.csv, line 2\)"):
+        read_sets(read_options(options))
+    options[2:4] = ["--test", str(test), "--validation-fraction", "0.25"]
+    with pytest.warns(UserWarning, match=r"1 of 2 test sentences are among those .*b.csv, line 3\)"):
+        read_sets(read_options(options))
+
+
+def test_many_labels_in_a_line(minilm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = tuple("abcdefghij")
+    examples = [Example("t", {"kind": name}) for name in names + names[2:]]
+    dataset = SentenceDataset(examples, Tokenizer.from_pretrained(minilm), {"kind": names, "x": ()})
+    print_sets({"train": dataset}, {"kind": names, "x": ()})
+    kinds, others = capsys.readouterr().out.splitlines()[1:]
+    assert kinds == "  kind         c 2, d 2, e 2, f 2, g 2, h 2, i 2, j 2, and 2 more"
+    assert others == "  x            no label"
+
+
 def test_labels_of_json_can_be_numbers(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.jsonl",
@@ -108,6 +130,12 @@ def test_labels_of_json_can_be_numbers(tmp_path: Path) -> None:
         ("a.csv", "text,kind,feeling\n", "{} holds no examples"),
         ("a.csv", "sentence,kind\nx,y\n", "{}, line 1: no column 'text', there are: sentence, kind"),
         ("a.csv", "text,kind\nx,y\n", "{}, line 1: no column 'feeling', there are: text, kind"),
+        (
+            "a.csv",
+            "text;kind\nx;y\n",
+            "{}, line 1: columns are separated by ';', in a .csv it must be by commas",
+        ),
+        ("a.tsv", "text,kind\nx,y\n", "{}, line 1: columns are separated by ',', in a .tsv it must be by tabs"),
         ("a.csv", "text,text\nx,y\n", "{}, line 1: two columns are named 'text'"),
         ("a.csv", "text,kind,feeling\na,b,c\nd,e\n", "{}, line 3: 2 cells, but line 1 names 3 columns"),
         ("a.csv", "text,kind,feeling\na,b,c,d\n", "{}, line 2: 4 cells, but line 1 names 3 columns"),
@@ -117,14 +145,14 @@ def test_labels_of_json_can_be_numbers(tmp_path: Path) -> None:
         ("a.csv", 'text,kind,feeling\n"a"b,b,c\n', "{}, line 2: "),
         ("a.csv", 'text,kind,feeling\n"a,b,c\n', "{}, line 2: unexpected end of data"),
         ("a.csv", f"text,kind,feeling\n{'a' * 140_000},b,c\n", "{}, line 2: field larger than field limit"),
-        ("a.jsonl", "{", "{}, line 1: not a JSON object of plain values"),
-        ("a.jsonl", "[" * 100_000, "{}, line 1: not a JSON object of plain values"),
+        ("a.jsonl", "{", "{}, line 1: not a JSON object (Expecting"),
+        ("a.jsonl", "[" * 100_000, "{}, line 1: not a JSON object (maximum recursion"),
         ("a.jsonl", '{"text": "a", "kind": "x"}', "{} has no column 'feeling' for mood, it has: kind, text"),
-        ("a.jsonl", "[1]", "{}, line 1: not a JSON object of plain values (it is a list)"),
+        ("a.jsonl", "[1]", "{}, line 1: not a JSON object (it is a list)"),
         (
             "a.jsonl",
             '{"text": ["x"], "kind": 1}',
-            "{}, line 1: not a JSON object of plain values (['x'] cannot",
+            "{}, line 1: ['x'] is neither a string nor an integer nor a boolean, as text and labels must be",
         ),
         (
             "a.jsonl",
@@ -189,8 +217,10 @@ def test_stratified_split() -> None:
     assert all(abs(part[label] - 0.2 * whole[label]) < 1 for label in whole)
     assert [e.text for e in held if e.text != "rare"] == sorted((e.text for e in held), key=int)
     assert stratified_split(examples, 0.2) == (rest, held)
-    with pytest.raises(DataError, match="none of 2 examples can be held out, 2 of 2 labels come only once"):
+    with pytest.raises(DataError, match=r"none of 2 texts can be held out.*; 2 of 2 labels come only once"):
         stratified_split(examples[:2], 0.1)
+    with pytest.raises(DataError, match=r"none of 200 texts can be held out, of which 0.001 should be"):
+        stratified_split(examples[:200], 0.001)
 
 
 def test_a_text_in_two_files_is_held_out_in_both_or_in_none() -> None:
@@ -223,7 +253,8 @@ def test_spaces_and_capitals_do_not_make_another_text(second: str) -> None:
     ("labels", "warning"),
     [
         (["pos", "neg", "nan"], "'nan' is a label of a: if it means none, empty the cells"),
-        (["1", "0", "1.0"], "'1' and '1.0' are two labels of a: write the number in one way"),
+        (["1", "0", "1.0"], "'1' and '1.0' are two labels of a: write them in one way if they are one"),
+        (["New York", "new  york"], "'New York' and 'new  york' are two labels of a: write them in one way"),
     ],
 )
 def test_labels_as_other_programs_write_them(labels: list[str], warning: str) -> None:

