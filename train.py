@@ -53,8 +53,10 @@ EXAMPLES = (
 # ------------------------------------------------------------------------------------------------ model
 
 
-def build_model(options: Options, tasks: list[str], examples: list[Example]) -> MultiTaskModel:
-    """The encoder and a head for every task: the heads that the checkpoint has, new ones for the rest."""
+def build_model(
+    options: Options, tasks: list[str], examples: list[Example]
+) -> tuple[MultiTaskModel, list[str]]:
+    """The encoder and a head for every task, those that the checkpoint has and new ones; which are new."""
     directory = resolve(options.model)
     heads: dict[str, nn.Module] = {}
     labels: dict[str, tuple[str, ...]] = {}
@@ -79,7 +81,7 @@ def build_model(options: Options, tasks: list[str], examples: list[Example]) -> 
     for parameter in model.parameters():
         # MKL may round differently where a matrix begins elsewhere in memory, as it does in each mapped file
         parameter.data = parameter.data.clone()
-    return model.eval()
+    return model.eval(), new
 
 
 def build_loss(options: Options, model: MultiTaskModel) -> MultiTaskLoss:
@@ -321,7 +323,8 @@ def run_all(options: Options, processes: Processes, held: ExitStack) -> None:
         processes.from_first(run.recover)
         progress, state = run.load(progress)
     start = replace(options, model=f"{options.output}/last") if state else options
-    model = build_model(start, tasks, examples.get("train", [])).to(processes.device)
+    model, new = build_model(start, tasks, examples.get("train", []))
+    model.to(processes.device)
     if options.fast:
         model.encoder.attention = "packed"
         use_fast_dropout(model.encoder)
@@ -330,10 +333,13 @@ def run_all(options: Options, processes: Processes, held: ExitStack) -> None:
     if processes.is_first:
         print_sets(sets, model.labels)
     if options.eval_only:
+        for task in tasks:
+            if not any(dataset.has_labels(task) for dataset in sets.values()):
+                warnings.warn(f"no sentence has a label for {task}: nothing to evaluate", stacklevel=1)
         run = open_run(options, model, processes, held) if options.output else None
     else:
         plan = options.plan()
-        check_settings(options, plan, model, sets)
+        check_settings(options, plan, model, new, sets)
         if processes.is_first:
             print(f"\n{summary(plan, model, progress.epoch)}\n", flush=True)
         if run is not None and state:
@@ -363,9 +369,13 @@ def summary(plan: FreezePlan, model: MultiTaskModel, epoch: int) -> str:
 
 
 def check_settings(
-    options: Options, plan: FreezePlan, model: MultiTaskModel, sets: dict[str, SentenceDataset]
+    options: Options,
+    plan: FreezePlan,
+    model: MultiTaskModel,
+    new: list[str],
+    sets: dict[str, SentenceDataset],
 ) -> None:
-    """What could only fail later is said before training."""
+    """What could only fail later is said before training; `new` are the heads that have learned nothing yet."""
     for name in ("train", "validation"):
         if name not in sets:
             raise DataError(f"there is no sentence for {name}")
@@ -386,7 +396,7 @@ def check_settings(
     trained = plan.trained(model, sys.maxsize)
     for task in model.heads:
         if f"heads.{task}" not in trained:
-            if trained and not (resolve(options.model) / HEADS).is_file():
+            if trained and task in new:
                 warnings.warn(f"--freeze {options.freeze} leaves the new head {task} random", stacklevel=1)
         elif not sets["train"].has_labels(task):
             warnings.warn(

@@ -184,7 +184,7 @@ def _cell(value: object) -> str:
 
 
 def label_names(examples: Sequence[Example], tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Every label that occurs, per task, in order: numbers by value, else alphabetical.
+    """Every label that occurs, per task, in order: whole numbers by value, else alphabetical.
 
     Raises:
         DataError: a task with fewer than two labels, from which nothing can be learned.
@@ -196,7 +196,7 @@ def label_names(examples: Sequence[Example], tasks: Sequence[str]) -> dict[str, 
             has = f"only the label {found.pop()!r}" if found else "no label at all"
             raise DataError(f"the training examples have {has} for {task}: there must be two or more")
         _warn_of_odd_labels(task, found)
-        numbers = all(label.isdecimal() for label in found)
+        numbers = all(re.fullmatch(r"-?\d+", label) for label in found)
         names[task] = tuple(sorted(found, key=lambda label: (int(label) if numbers else 0, label)))
     return names
 
@@ -222,7 +222,7 @@ def without_spelling(text: str) -> str:
 
 
 def stratified_split(examples: Sequence[Example], fraction: float) -> tuple[list[Example], list[Example]]:
-    """(rest, held out): `fraction` of each combination of labels and file, as nearly as can be.
+    """(rest, held out): `fraction` of each combination of labels and file, as nearly as can be, one at least.
 
     Keeps the order, and something of every label in the rest. A text that comes several times, as with a
     file or a row for each task, is held out everywhere or nowhere, with other spaces and capitals, too.
@@ -245,7 +245,7 @@ def stratified_split(examples: Sequence[Example], fraction: float) -> tuple[list
     keys = sorted(strata, key=repr)
     keys = [keys[i] for i in torch.randperm(len(keys), generator=generator).tolist()]
     keys.sort(key=lambda key: int(shares[key]) - shares[key])
-    one_more = round(fraction * len(together)) - sum(map(int, shares.values()))
+    one_more = max(1, round(fraction * len(together))) - sum(map(int, shares.values()))
     rest = Counter(label for example in examples for label in example.labels.items())
     held: set[int] = set()
     for rank, key in enumerate(keys):
@@ -259,9 +259,8 @@ def stratified_split(examples: Sequence[Example], fraction: float) -> tuple[list
     if not held:
         once = list(rest.values()).count(1)
         raise DataError(
-            f"none of {len(together)} texts can be held out, of which {fraction:g} should be; {once} of "
-            f"{len(rest)} labels come only once: give a validation file, a larger --validation-fraction, or "
-            "another column of labels"
+            f"none of {len(together)} different texts can be held out, {once} of {len(rest)} labels come only "
+            "once: give a validation file, or another column of labels"
         )
     return (
         [example for i, example in enumerate(examples) if i not in held],

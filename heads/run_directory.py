@@ -23,6 +23,7 @@ from torch import Tensor
 from heads.multitask import MultiTaskModel
 from heads.training_state import Progress
 from weights import CheckpointError
+from weights.checkpoint import HEADS
 from weights.json_files import read_json, to_json
 from weights.locks import locked
 from weights.safetensors_files import read_file, write_directory
@@ -89,7 +90,10 @@ class RunDirectory:
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
         text = self.log_file.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        try:
+            return [json.loads(line) for line in text.splitlines()]
+        except ValueError as error:
+            raise CheckpointError(f"{self.log_file} is damaged, not every line is JSON: {error}") from error
 
     def count_epochs(self) -> int:
         """How many epochs metrics.jsonl has, of which the last line may be cut off."""
@@ -133,6 +137,9 @@ class RunDirectory:
         if values.keys() != {field.name for field in fields(Progress)}:
             raise CheckpointError(f"{last / PROGRESS} was not written by this version of train.py")
         saved = Progress(**values)
+        for needed in [last / HEADS] + [self.path / "best"] * (saved.best is not None):
+            if not needed.exists():
+                raise CheckpointError(f"{needed} is not there any more, so the run cannot go on: begin another")
         others = saved.data.keys() | begun.data.keys()
         if changed := sorted(name for name in others if saved.data.get(name) != begun.data.get(name)):
             raise ValueError(f"--resume: these sets have changed since {self.path} began: {', '.join(changed)}")

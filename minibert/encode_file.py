@@ -112,8 +112,8 @@ def encode_file(
             for block, cut_here in blocks:
                 if block.shape[1] != width:
                     raise ValueError(
-                        f"this encoder's `forward` gives {block.shape[1]} numbers, its model has {width}: write "
-                        "what its encode_blocks gives yourself"
+                        f"this encoder's `forward` gives {block.shape[1]} numbers, its model has {width}: "
+                        "write what its encode_blocks gives yourself"
                     )
                 _write(part, done, block.float().cpu().numpy())  # the rows before the record that counts them
                 done += len(block)

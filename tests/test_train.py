@@ -237,6 +237,19 @@ def test_a_new_head_that_is_frozen(main: Main, tmp_path: Path, capsys: pytest.Ca
     main("second", f"--freeze head:sentiment --epochs 1 --model {run / 'best'}")
     main("third", "--freeze gradual --epochs 1")
     assert "warning" not in capsys.readouterr().err
+    table(tmp_path / "d.csv", [("text", "a"), *((f"sentence {i}", "xy"[i % 2]) for i in range(20))])
+    task = f"--train {tmp_path / 'd.csv'} --validation {tmp_path / 'd.csv'} --task new=a"
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert (
+            train.main(
+                f"--model {run / 'best'} {task} --freeze head:new --steps 1 --output {tmp_path / 'n'}".split()
+            )
+            == 0
+        )
+        assert "--freeze head:new leaves the new head new random" in capsys.readouterr().err
+        shutil.rmtree(run)  # what it began from is not needed any more
+        assert train.main(f"--output {tmp_path / 'n'} --resume".split()) == 0
 
 
 def test_eval_only(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,6 +269,11 @@ def test_eval_only(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert f"{run / 'best'} on test\n  type " in printed
     assert "majority" not in printed  # of which training nobody knows
     assert "  sentiment    loss" not in printed
+    nothing = table(tmp_path / "n.csv", [("text", "l"), ("a b", "")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert train.main(f"--model {run / 'best'} --eval-only --test {nothing} --task type=l".split()) == 0
+    assert "no sentence has a label for type: nothing to evaluate" in capsys.readouterr().err
     assert train.main(f"--eval-only --test {test} --task type=l".split()) == 2
     assert "--eval-only needs --model DIR, such as best/ of a run" in capsys.readouterr().err
 
@@ -620,6 +638,16 @@ def test_a_run_without_its_last_state_is_not_begun_again(
     assert train.main(["--output", str(run), "--resume"]) == 2
     assert "last is not there any more, so the run cannot go on: begin another" in capsys.readouterr().err
     assert [path.read_bytes() for path in kept] == before
+
+
+@pytest.mark.parametrize("missing", ["best", "last/heads.json"])
+def test_a_run_that_lost_a_part_does_not_go_on(
+    main: Main, capsys: pytest.CaptureFixture[str], missing: str
+) -> None:
+    run = main("run", "--epochs 1")
+    (run / missing).rename(run / "elsewhere")
+    assert train.main(["--output", str(run), "--resume"]) == 2
+    assert f"{run / missing} is not there any more, so the run cannot go on" in capsys.readouterr().err
 
 
 def test_resuming_removes_nothing_of_others(main: Main) -> None:
