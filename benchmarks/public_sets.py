@@ -33,9 +33,9 @@ def read_sst2(path: Path) -> Rows:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--model", default="all-MiniLM-L6-v2")
+    parser.add_argument("data", type=Path, help="directory with sst2/ and trec/")
+    parser.add_argument("out", type=Path, help="directory for the .csv files")
+    parser.add_argument("--model", default="all-MiniLM-L6-v2", help="whose embeddings (default: %(default)s)")
     arguments = parser.parse_args()
     whole = [
         Example(text, {"trec": label}) for text, label in read_trec(arguments.data / "trec/train_5500.label")

@@ -25,10 +25,12 @@ TASKS = ("trec", "sst2")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sets", type=Path)
-    parser.add_argument("--model", default="all-MiniLM-L6-v2")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--freeze", nargs="*", default=["none", "backbone", "layers:3"])
+    parser.add_argument("sets", type=Path, help="directory with what benchmarks.public_sets wrote")
+    parser.add_argument("--model", default="all-MiniLM-L6-v2", help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="(default: %(default)s)")
+    parser.add_argument(
+        "--freeze", nargs="*", default=["none", "backbone", "layers:3"], help="plans to compare"
+    )
     arguments = parser.parse_args()
     examples = [
         example

@@ -58,9 +58,9 @@ def fill(
 
     Yields after each batch how many sentences it had; a dataset has its features when all of them are there.
 
-    They are computed in these batches, those in none of them last. Given the batches of the first epoch,
-    that epoch's numbers are those of an uncached run, bit for bit; in later epochs, whose batches are
-    others, they agree to rounding. With packed attention no numbers are the reference's, and the sentences
+    They are computed in these batches; sentences that are in none of them come last. Given the batches of the
+    first epoch, that epoch's numbers are those of an uncached run, bit for bit; in later epochs, whose batches
+    are others, they agree to rounding. With packed attention no numbers are the reference's, and the sentences
     are taken as is fastest.
     """
     pooled = depth == len(model.encoder.layers)

@@ -6,8 +6,9 @@ from torch import Tensor, nn
 class MLPHead(nn.Module):
     """Linear, ReLU, Linear: a sentence vector -> a score per class.
 
-    On bert-base's 768 numbers: `MLPHead(768, 256, 3)` to classify sentences, `MLPHead(768, 128, 3)` for
-    their sentiment.
+    `hidden` is the encoder's hidden size H, `width` how many numbers lie between the Linears, `classes` how
+    many scores come out. On bert-base's 768: `MLPHead(768, 256, 3)` to classify sentences,
+    `MLPHead(768, 128, 3)` for their sentiment.
     """
 
     def __init__(self, hidden: int, width: int, classes: int) -> None:

@@ -58,13 +58,13 @@ class MultiTaskModel(nn.Module):
     Args:
         encoder: its weights are shared by all tasks.
         heads: task name -> (B, H) embeddings to (B, classes) logits, e.g. `MLPHead(768, 256, 3)`.
-        labels: task name -> what its classes are called; their numbers if not given.
+        labels: task name -> what its classes are called; the numbers of an `MLPHead`'s if not given.
         tokenizer: needed by `predict` only; saved with the rest.
 
     Raises:
         TypeError: the encoder is no BertModel.
-        ValueError: a name that cannot be one, a head that is no Module or of another width than the
-            encoder's, labels of a task without a head, a wrong number of labels.
+        ValueError: a name that cannot be one, a head that is no Module, labels of a task without a head; an
+            `MLPHead` of another width than the encoder's, or with more or fewer classes than labels.
     """
 
     def __init__(

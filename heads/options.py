@@ -74,7 +74,9 @@ class Options:
     feature_cache_mb: float = option(1000.0, "memory for what frozen layers compute; 0: compute it anew", "X")
     save_every: int | None = option(None, "save every so many steps, not only after each epoch", "STEPS")
     output: str | None = option(None, "directory of the run (default: the next free runs/N)", "DIR")
-    resume: bool = option(False, "go on with the run in --output, whose options need not be repeated")
+    resume: bool = option(
+        False, "go on with the run in --output, by its own options (but for --save-every and --device)"
+    )
     eval_only: bool = option(False, "train nothing, only evaluate --model")
 
     def __post_init__(self) -> None:

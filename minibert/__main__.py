@@ -91,9 +91,11 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-size", type=int, metavar="N", help="sentences per forward pass (default: what fills a budget)"
     )
     encode.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of the Linears' products (default: as stored)"
+        "--dtype", choices=("float32", "bfloat16"), help="what to compute in (default: as stored)"
     )
-    encode.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    encode.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto, a GPU if there is one)"
+    )
     encode.add_argument(
         "--normalize",
         action=argparse.BooleanOptionalAction,

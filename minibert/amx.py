@@ -65,7 +65,7 @@ def _sizes(rows: int, *case: Any) -> list[int]:
 
 @cache
 def _way(rows: int, activation: str, outputs: int, inputs: int, threads: int) -> str | None:
-    """How so many rows are summed like `FEW_ROWS`, if at all. (Tried; unlike speed it is always the same.)"""
+    """How so many rows are summed like `FEW_ROWS`, if at all: by a trial, whose outcome never varies."""
     row, weight, bias = _trial(outputs, inputs)
     ways = (activation,) if activation != "none" else ("none", "unsplit")
     few = _multiply(row.repeat(FEW_ROWS, 1), weight, bias, ways[-1])

@@ -26,7 +26,7 @@ class BertConfig:
     al. 2019), which has no token types, no pooler and no dropout after the attention output.
 
     Raises:
-        ValueError: values with which no encoder can be built; the message names every such field.
+        ValueError: values with which no encoder can be built; the message names the fields.
     """
 
     model_type: str = "bert"

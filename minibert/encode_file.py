@@ -29,7 +29,7 @@ SHARD_NAME = re.compile(r"-(\d{5})-of-(\d{5})")
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `index` (from 1) of `count`, each with as many lines as the others, or one more."""
+    """Part `index` (from 1) of `count`; parts differ by one line at most."""
 
     index: int
     count: int
@@ -295,7 +295,7 @@ def _create(file: Path, rows: int, width: int) -> None:
 
 @contextmanager
 def whole_or_gone(file: Path, name: Path | None = None) -> Iterator[None]:
-    """Of a file that could not be written whole nothing is left; an error of the disk calls it `name`."""
+    """While it is written: if that fails, the file is removed; an error of the disk calls it `name`."""
     try:
         yield
     except BaseException as error:

@@ -234,7 +234,7 @@ def set_groups(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, A
     A parameter that stays keeps its state (momentum); one that leaves loses it. If they are those it has
     already, nothing changes, not even the rates that one of torch's schedulers has given them.
     """
-    wanted = [{**group, "params": _listed(group["params"])} for group in groups]
+    wanted = [{**group, "params": _as_list(group["params"])} for group in groups]
     for group in wanted:
         if "plan_lr" in group:
             group["plan_lr"] = group["lr"]  # which may have been set by hand
@@ -248,7 +248,7 @@ def set_groups(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, A
         del optimizer.state[parameter]
 
 
-def _listed(parameters: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Tensor]:
+def _as_list(parameters: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """As torch's optimizers take them: one alone, or any iterable."""
     return [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
 

@@ -42,6 +42,7 @@ class BertModel(nn.Module):
 
     `attention` is "sdpa" (fused), "eager" (written out, and can return its weights) or "packed" (the
     layers see no padding, whose outputs are 0: the fastest on a CPU, and equal to rounding).
+    `add_pooling_layer`: with a `pooler` (a DistilBERT has none).
 
     Raises:
         ValueError: `attention` is none of these.
@@ -159,7 +160,8 @@ class BertModel(nn.Module):
             attention: "sdpa", "eager" or "packed".
             dtype: torch.float32, bfloat16, float16 or float64; as stored if None.
 
-        The weights are memory-mapped: nothing is initialised or copied (unless converted).
+        The weights are memory-mapped: nothing is initialised or copied (unless converted). Without a pooler in
+        the file the model has none.
 
         Raises:
             ModelNotFoundError: no such model on disk or on the hub.
@@ -182,7 +184,9 @@ class BertModel(nn.Module):
         directory: str | Path,
         other_files: Mapping[str, bytes | Mapping[str, Tensor] | None] | None = None,
     ) -> None:
-        """Writes config.json and model.safetensors with the published names, all or nothing.
+        """Writes config.json and model.safetensors with the published names.
+
+        A new directory appears whole; in an existing one files are replaced one after another, each whole.
 
         `other_files` (name -> bytes, tensors for safetensors, or None to remove it) are written with them.
 

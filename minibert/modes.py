@@ -14,7 +14,7 @@ _evaluated: dict[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]] = {}
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; after the last of several threads every part is in the mode it was in."""
+    """Eval mode and no gradients; when the last of several threads leaves, each part gets its old mode back."""
     with _lock:
         users, modes = _evaluated.get(module) or (0, [(part, part.training) for part in module.modules()])
         _evaluated[module] = users + 1, modes

@@ -45,7 +45,7 @@ class SentenceEncoder(nn.Module):
 
     `pooling` is "mean" or "cls"; `normalize_embeddings` whether `encode` scales each vector to
     length 1 when it is not told; `dtype` what `encode` computes its Linears in, the weights' own if
-    None; `compile` whether `encode` goes through torch.compile, on a GPU and in bfloat16.
+    None; `compile` whether `encode` goes through torch.compile, on a GPU and in bfloat16 or float16.
     An `nn.Module`: `.to("cuda")`, and `forward` can be trained.
 
     Raises:
@@ -182,8 +182,9 @@ class SentenceEncoder(nn.Module):
 
         Raises:
             TypeError: not a string (which one is named).
-            ValueError: a lone surrogate, a batch_size below 1, a `dtype` wider than the model's, or
-                `compile` where it cannot be used.
+            ValueError: a lone surrogate, a batch_size below 1, a `dtype` wider than the model's,
+                `compile` where it cannot be used, or a tokenizer with more tokens, or a higher limit, than
+                the model has vectors for.
         """
         blocks = list(self.encode_blocks(sentences, batch_size, normalize_embeddings, show_progress_bar))
         embeddings = blocks[0] if len(blocks) == 1 else self._join(blocks)  # (n, H)
@@ -323,7 +324,7 @@ class SentenceEncoder(nn.Module):
     ) -> None:
         """Writes model, tokenizer and pooling as transformers and sentence-transformers read them.
 
-        `other_files` (name -> bytes, or tensors as safetensors) are written with them, all or nothing.
+        `other_files` (name -> bytes, or tensors as safetensors) are written with them.
 
         Raises:
             CheckpointError, ValueError: as `BertModel.save_pretrained`.

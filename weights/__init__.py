@@ -2,7 +2,7 @@
 
 resolve(name_or_path)          name or path -> a local directory       hub.py
 load_checkpoint(name_or_path)  directory -> config, tensors            checkpoint.py
-save_checkpoint(...)           config, tensors -> directory, atomically
+save_checkpoint(...)           config, tensors -> directory
 """
 
 from weights.checkpoint import Checkpoint, load_checkpoint, save_checkpoint

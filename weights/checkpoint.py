@@ -120,10 +120,10 @@ def save_checkpoint(
     shapes: Mapping[str, torch.Size],
     other_files: Mapping[str, bytes | Mapping[str, Tensor] | None] | None = None,
 ) -> None:
-    """Writes config.json and model.safetensors as published (and `other_files`), all or nothing.
+    """Writes config.json and model.safetensors as published (and `other_files`), see `write_directory`.
 
-    `config` has BERT's field names and a `model_type`; `tensors` have our names, and must have the `shapes`
-    of a model with that config.
+    `config` has BERT's field names and a `model_type`, bert or distilbert; `tensors` have our names, and must
+    have the `shapes` of a model with that config.
 
     Raises:
         CheckpointError: the directory cannot be written, or heads in it would stand on another encoder.

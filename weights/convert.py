@@ -17,7 +17,7 @@ def _is_named_tensor(item: tuple[object, object]) -> bool:
 
 
 def convert(name_or_path: str | Path, directory: str | Path) -> None:
-    """Writes a `.bin` checkpoint's encoder, config and tokenizer into a directory, all or nothing.
+    """Writes a `.bin` checkpoint's encoder, config and tokenizer into a directory.
 
     The tensors keep their names and bits. Only tensors are unpickled (`weights_only=True`): no
     code in the file runs.
