@@ -64,7 +64,8 @@ class MultiTaskModel(nn.Module):
     Raises:
         TypeError: the encoder is no BertModel.
         ValueError: a name that cannot be one, a head that is no Module, labels of a task without a head; an
-            `MLPHead` of another width than the encoder's, or with more or fewer classes than labels.
+            `MLPHead` or a `Linear` of another width than the encoder's, or with more or fewer classes than
+            labels.
     """
 
     def __init__(
@@ -249,13 +250,12 @@ def _check_head(name: str, head: nn.Module, hidden_size: int, labels: Sequence[s
         or len(set(labels)) < len(labels)
     ):
         raise ValueError(f"the labels of {name} are {labels!r}, they must be a list of different strings")
-    if _is_plain(head):
-        if head.hidden.in_features != hidden_size:
-            raise ValueError(
-                f"head {name} takes {head.hidden.in_features} numbers, the encoder gives {hidden_size}"
-            )
-        if labels is not None and len(labels) != head.out.out_features:
-            raise ValueError(f"head {name} has {head.out.out_features} classes but {len(labels)} labels")
+    if _is_plain(head) or type(head) is nn.Linear:
+        first, last = (head.hidden, head.out) if isinstance(head, MLPHead) else (head, head)
+        if first.in_features != hidden_size:
+            raise ValueError(f"head {name} takes {first.in_features} numbers, the encoder gives {hidden_size}")
+        if labels is not None and len(labels) != last.out_features:
+            raise ValueError(f"head {name} has {last.out_features} classes but {len(labels)} labels")
 
 
 def _is_plain(head: nn.Module) -> TypeGuard[MLPHead]:

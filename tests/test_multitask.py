@@ -193,7 +193,7 @@ def test_a_class_without_a_label_is_said(small: Path) -> None:
     head = nn.Linear(encoder.config.hidden_size, 3)
     nn.init.constant_(head.weight, 0)
     head.bias.data = torch.tensor([0.0, 0.0, 1.0])
-    model = MultiTaskModel(encoder, {"a": head}, labels={"a": ["x", "y"]}, tokenizer=tokenizer)
+    model = MultiTaskModel(encoder, {"a": nn.Sequential(head)}, labels={"a": ["x", "y"]}, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="head a says class 2, and has only 2 labels"):
         model.predict("a text")
 
@@ -326,6 +326,8 @@ def test_a_head_of_ones_own(small: Path, tmp_path: Path) -> None:
         ({"heads": {"": MLPHead(36, 5, 3)}}, "'' cannot be the name of a task"),
         ({"heads": {"training": MLPHead(36, 5, 3)}}, "'training' cannot be the name of a task"),
         ({"heads": {"a": MLPHead(37, 5, 3)}}, "head a takes 37 numbers, the encoder gives 36"),
+        ({"heads": {"a": nn.Linear(37, 3)}}, "head a takes 37 numbers, the encoder gives 36"),
+        ({"heads": {"a": nn.Linear(36, 3)}, "labels": {"a": ["x"]}}, "head a has 3 classes but 1 labels"),
         ({"labels": {"type": ["x", "y"]}}, "head type has 3 classes but 2 labels"),
         ({"labels": {"type": "xyz"}}, "the labels of type are 'xyz', they must be a list of different strings"),
         ({"labels": {"other": ["x"]}}, "labels are given for 'other', the heads are: type"),
