@@ -84,6 +84,11 @@ def test_rows_marked_for_another_set_are_not_used(tmp_path: Path) -> None:
     other = write(tmp_path / "b.csv", "text,kind,split\na,x,train\nb,y,train\n")
     with pytest.raises(DataError, match=r"--test: .*b.csv, line 2 is marked train, and no row test"):
         read_sets(read_options(["--train", str(other), "--test", str(other), *options]))
+    with pytest.raises(DataError, match=r"--split kinds: no row of any file has something in that column"):
+        read_sets(read_options(["--train", str(other), "--split", "kinds", *options]))
+    renamed = write(tmp_path / "d.csv", "text,kind,part\na,x,train\nb,y,train\nb2,y,validation\nc,y,test\n")
+    sets, _ = read_sets(read_options(["--train", str(renamed), "--split", "part", *options]))
+    assert [example.text for example in sets["test"]] == ["c"]
     with pytest.raises(DataError, match=r"a.csv, line 4 is marked test, but --test is given too"):
         read_sets(read_options(["--train", str(path), "--test", str(path), *options]))
 

@@ -283,7 +283,7 @@ def test_a_pooling_of_ones_own_is_not_saved_as_another(
         ({"word_embedding_dimension": 384}, "mean"),
         ({"pooling_mode": ["cls"]}, "cls"),
         ({"pooling_mode": "cls", "pooling_mode_mean_tokens": True}, "cls"),
-        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False, "include_prompt": True}, "cls"),
     ],
 )
 def test_poolings_as_sentence_transformers_reads_them(
