@@ -358,6 +358,15 @@ def test_baked_in_padding_and_truncation_are_ignored(minilm: Path) -> None:
     assert batch["input_ids"].shape == (2, 202)
 
 
+def test_around_a_backend_of_ones_own() -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 1, "[PAD]": 2}, "[UNK]"))
+    batch = Tokenizer(backend)(["a", ""])
+    assert batch["input_ids"].tolist() == [[1], [2]]
+    assert batch["token_type_ids"].tolist() == [[0], [0]]
+    with pytest.raises(ValueError, match=r"the vocabulary has no <pad> token"):
+        Tokenizer(backend, special_tokens={"pad_token": "<pad>"})
+
+
 def test_padding_of_the_backend_is_not_encoded(minilm: Path) -> None:
     tokenizer = Tokenizer.from_pretrained(minilm)
     tokenizer.backend.enable_padding(length=40)
