@@ -113,6 +113,19 @@ def test_distilbert_with_its_head(tmp_path: Path) -> None:
         assert torch.equal(model(ids).last_hidden_state, reference.eval()(ids).last_hidden_state)
 
 
+def test_a_distilbert_that_does_not_say_how_deep_it_is(tmp_path: Path) -> None:
+    from transformers import AutoConfig, DistilBertConfig, DistilBertModel
+
+    config = DistilBertConfig(vocab_size=97, dim=36, n_heads=3, hidden_dim=37, max_position_embeddings=19)
+    directory = save_random(DistilBertModel, config, tmp_path)
+    published = json.loads((directory / "config.json").read_text())
+    del published["n_layers"]
+    (directory / "config.json").write_text(json.dumps(published))
+    assert (
+        len(BertModel.from_pretrained(directory).layers) == AutoConfig.from_pretrained(directory).n_layers == 6
+    )
+
+
 def test_sharded_checkpoint(tmp_path: Path) -> None:
     from transformers import AutoModel
 
