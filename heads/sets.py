@@ -49,20 +49,20 @@ def read_sets(options: Options) -> tuple[dict[str, list[Example]], list[str]]:
                 "tasks and --validation-fraction were the same; a column named split can mark its rows",
                 stacklevel=1,
             )
-    for name in ("validation", "test"):
-        _warn_of_seen(sets["train"], sets[name], name)
+    _warn_of_seen(sets)
     return {name: examples for name, examples in sets.items() if examples}, list(tasks)
 
 
-def _warn_of_seen(train: list[Example], examples: list[Example], name: str) -> None:
-    """Warns where a set has texts that are trained on."""
-    trained = {without_spelling(example.text) for example in train}
-    if seen := [example for example in examples if without_spelling(example.text) in trained]:
-        warnings.warn(
-            f"{len(seen)} of {len(examples)} {name} sentences are among those for training, too (the first: "
-            f"{seen[0].where}): what comes out on them says little of new ones",
-            stacklevel=1,
-        )
+def _warn_of_seen(sets: dict[str, list[Example]]) -> None:
+    """Warns where validation or test has texts that are trained on."""
+    trained = {without_spelling(example.text) for example in sets["train"]}
+    for name in ("validation", "test"):
+        if seen := [example for example in sets[name] if without_spelling(example.text) in trained]:
+            warnings.warn(
+                f"{len(seen)} of {len(sets[name])} {name} sentences are among those for training, too (the "
+                f"first: {seen[0].where}): what comes out on them says little of new ones",
+                stacklevel=1,
+            )
 
 
 def read_files(options: Options, name: str, tasks: dict[str, str]) -> list[Example]:
