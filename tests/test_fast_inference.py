@@ -1107,14 +1107,14 @@ def test_two_graphs_serve_every_batch(minilm: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_many_kinds_of_models_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each takes two graphs, of which torch allows eight unless it is told otherwise."""
+    """Each takes two graphs, of which torch allows eight, and here three, unless it is told otherwise."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_mask)
     monkeypatch.setattr(onednn, "packs_weights", lambda weight: False)  # as on a GPU
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
     fast_inference._compiled.cache_clear()
     torch._dynamo.reset()
-    for heads in range(1, 6):
+    for heads in (1, 2):
         config = BertConfig(
             vocab_size=2000,
             hidden_size=8 * heads,

@@ -68,7 +68,9 @@ def assert_same_training(
     directory: Path, attention: str, dtype: torch.dtype, training: bool, steps: int = 20
 ) -> None:
     ours, reference = load_both(directory, attention, dtype)
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, weight_decay=0.1) for m in (ours, reference)]
+    optimizers = [
+        torch.optim.AdamW(m.parameters(), lr=1e-3, weight_decay=0.1, fused=True) for m in (ours, reference)
+    ]
     before = {name: p.detach().clone() for name, p in ours.named_parameters()}
     for i in range(steps):
         inputs = batch(ours.config, seed=i)
