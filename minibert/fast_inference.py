@@ -9,7 +9,8 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from operator import is_
+from itertools import chain
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from minibert.attention import AttentionFunction
 from minibert.config import BertConfig
 from minibert.fast_attention import varlen_attention
-from minibert.fused_layers import FusedEmbeddings, FusedLayer, has_hook, is_untouched
+from minibert.fused_layers import FusedEmbeddings, FusedLayer, is_untouched
 from minibert.memory import keep_freed_memory, release_memory
 from minibert.model import BertModel, uncompiled
 from minibert.packing import PackedBatch, Packing
@@ -56,13 +57,11 @@ def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> FastModel |
     model = uncompiled(model)
     if not isinstance(model, BertModel):  # somebody's own around it
         return None
-    parts, numbers = _made_of(model)
-    numbers.append(dtype)
     with _LOCK:
         kept: _Kept | None = vars(model).get("_kept")
-        if kept is None or not kept.is_of(parts, numbers):
+        if kept is None or not kept.is_of(model, dtype):
             kept = vars(model)["_kept"] = None  # before its successor takes as much memory
-            kept = vars(model)["_kept"] = _Kept(model, dtype, parts, numbers)
+            kept = vars(model)["_kept"] = _Kept(model, dtype)
         return kept.copy
 
 
@@ -73,11 +72,13 @@ class _Kept:
     another parameter's.
     """
 
-    def __init__(
-        self, model: BertModel, dtype: torch.dtype | None, parts: list[object], numbers: list[object]
-    ) -> None:
-        self.parts, self.numbers = parts, numbers
-        self.memory = [parameter.detach() for parameter in model.parameters()]
+    def __init__(self, model: BertModel, dtype: torch.dtype | None) -> None:
+        modules, self.parameters = list(model.modules()), list(model.parameters())
+        self.namespaces = [vars(module) for module in modules[1:]]
+        self.namespaces += [names for module in modules for names in (module._parameters, module._modules)]
+        self.hooks = [each for module in modules for each in (module._forward_hooks, module._forward_pre_hooks)]
+        self.parts, self.numbers = self._parts(model), self._numbers(dtype)
+        self.memory = [parameter.detach() for parameter in self.parameters]
         self.copy, self.samples = None, []
         if is_untouched(model):
             linears = [part for part in model.layers.modules() if isinstance(part, nn.Linear)]
@@ -86,33 +87,27 @@ class _Kept:
             self.sampled = torch.cat(self.samples) if linears else torch.empty(0)
             self.copy = FastModel(model, dtype)
 
-    def is_of(self, parts: list[object], numbers: list[object]) -> bool:
+    def is_of(self, model: BertModel, dtype: torch.dtype | None) -> bool:
         """Whether it was made of these very parts, and of these numbers."""
-        alike = len(parts) == len(self.parts) and all(map(is_, parts, self.parts)) and numbers == self.numbers
+        parts = self._parts(model)
+        alike = len(parts) == len(self.parts) and all(map(is_, parts, self.parts))
+        alike = alike and self._numbers(dtype) == self.numbers
         return alike and (not self.samples or torch.equal(torch.cat(self.samples), self.sampled))
+
+    def _parts(self, model: BertModel) -> list[object]:
+        """All parts, settings, functions and parameters."""
+        own = (value for name, value in vars(model).items() if name != "_kept")
+        return [*own, *chain.from_iterable(map(dict.values, self.namespaces))]
+
+    def _numbers(self, dtype: torch.dtype | None) -> list[object]:
+        """What changes when one is written to or moved, or a hook is set; of inference tensors, always."""
+        if any(map(Tensor.is_inference, self.parameters)):
+            return [object()]
+        versions = map(attrgetter("_version"), self.parameters)
+        return [dtype, any(self.hooks), *versions, *map(Tensor.data_ptr, self.parameters)]
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
-
-
-def _made_of(model: BertModel) -> tuple[list[object], list[object]]:
-    """All parts, settings, functions and parameters of a model; and numbers that change with it."""
-    parts = [value for name, value in vars(model).items() if name != "_kept"]
-    numbers: list[object] = []
-    modules: list[nn.Module] = [model]
-    for module in modules:  # which grows as it is walked
-        if has_hook(module):
-            numbers += (*module._forward_hooks, *module._forward_pre_hooks)
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                version = object() if parameter.is_inference() else parameter._version
-                parts.append(parameter)
-                numbers += (version, parameter.data_ptr())
-        for child in module._modules.values():
-            if child is not None:  # `model.pooler = None`
-                parts += vars(child).values()
-                modules.append(child)
-    return parts, numbers
 
 
 _LOCK = threading.Lock()  # threads may encode at the same time
