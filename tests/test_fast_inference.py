@@ -2,27 +2,19 @@
 
 import copy
 import csv
-import gc
 import itertools
 import math
-import random
-import weakref
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch import nn
 
 from heads.data import DEMO
 from minibert import (
@@ -34,59 +26,27 @@ from minibert import (
     fast_attention,
     fast_inference,
     onednn,
-    sentence_encoder,
 )
-from minibert.attention import ATTENTION_FUNCTIONS, eager_attention
+from minibert.attention import eager_attention
 from minibert.fast_attention import even_pieces
-from minibert.fast_dropout import use_fast_dropout
-from minibert.fast_inference import FastModel, fast_copy, run, run_varlen
+from minibert.fast_inference import FastModel, fast_copy, run
 from minibert.fused_layers import FeedForwardInParts, FusedLinear
 from minibert.layers import FeedForward
 from minibert.onednn import packs_weights
 from minibert.packing import PackedBatch, Packing
-
-CPU = torch.device("cpu")
-WORDS = (
-    "the quick brown fox jumps over a lazy dog while unbelievable antidisestablishmentarianism 42 é !".split()
+from tests.fast_reference import (
+    BFLOAT16,
+    CPU,
+    FUSED,
+    THREADS,
+    needs_bfloat16,
+    needs_exact,
+    needs_onednn,
+    reference,
+    relative,
+    text,
+    varied_texts,
 )
-needs_onednn = pytest.mark.skipif(
-    not packs_weights(torch.zeros(1)), reason="the promise is made for oneDNN's products"
-)
-needs_bfloat16 = pytest.mark.skipif(
-    not packs_weights(torch.zeros(1, dtype=torch.bfloat16)), reason="the promise is made for oneDNN's products"
-)
-BFLOAT16 = pytest.param(torch.bfloat16, marks=needs_bfloat16)
-FUSED = fast_attention.fuses_bfloat16(torch.zeros(1, dtype=torch.bfloat16))
-THREADS = (1, 2, 3, 8, 32) if amx.HAS_AMX else (1, 2, 3, 8)
-needs_exact = pytest.mark.skipif(not onednn.are_exact(), reason="oneDNN's float32 products are not exact here")
-
-
-def text(words: int, seed: int) -> str:
-    return " ".join(random.Random(seed).choices(WORDS, k=words))
-
-
-def varied_texts(count: int, seed: int = 0) -> list[str]:
-    """Lengths from the empty text to longer than 512 tokens, most of them short, as text is."""
-    rng = random.Random(seed)
-    lengths = [min(int(rng.lognormvariate(2.7, 1.1)), 600) for _ in range(count - 4)]
-    return [text(length, seed + i) for i, length in enumerate([0, 1, 600, 300, *lengths])]
-
-
-def reference(encoder: SentenceEncoder, texts: list[str]) -> Tensor:
-    """`forward`, padded, 32 at a time."""
-    ids = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    embeddings = torch.empty(len(texts), encoder.model.config.hidden_size)
-    with torch.no_grad():
-        for start in range(0, len(ids), 32):
-            rows = ids[start : start + 32]
-            embeddings[rows] = encoder(**encoder.tokenizer([texts[i] for i in rows]))
-    return embeddings
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference of a component, relative to the embedding's norm."""
-    return float(((ours - theirs).abs().amax(dim=1) / theirs.norm(dim=1)).max())
-
 
 # ------------------------------------------------------------------------------------------ faithful
 
@@ -298,6 +258,50 @@ def test_a_mean_does_not_depend_on_the_others(width: int) -> None:
     torch.testing.assert_close(together, torch.stack(exact).float(), atol=1e-7, rtol=1e-6)
 
 
+@pytest.mark.parametrize("act", ["gelu", "relu", "gelu_new", "silu"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_what_is_no_number_stays_none(minilm: Path, act: str, dtype: torch.dtype | None) -> None:
+    config = BertConfig(
+        hidden_size=36, num_attention_heads=3, num_hidden_layers=1, intermediate_size=37, hidden_act=act
+    )
+    encoder = SentenceEncoder(BertModel(config).eval(), Tokenizer.from_pretrained(minilm), dtype=dtype)
+    nn.init.constant_(encoder.model.get_parameter("layers.0.feed_forward.up.weight"), torch.nan)
+    assert np.isnan(encoder.encode(["one", "another text"])).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_text_without_finite_numbers_leaves_others_alone(minilm: Path, dtype: torch.dtype) -> None:
+    encoder = SentenceEncoder.from_pretrained(minilm, dtype=dtype)
+    zebra = encoder.tokenizer(["zebra"])["input_ids"][0, 1]
+    with torch.no_grad():
+        encoder.model.embeddings.word.weight[zebra] = torch.inf
+    texts = [f"{word} " * length for length in (12, 70, 75) for word in ("cat", "zebra", "dog")]
+    together = encoder.encode(texts)
+    assert np.isnan(together).any(1).tolist() == [False, True, False] * 3
+    np.testing.assert_array_equal(together, np.stack([encoder.encode(text) for text in texts]))
+
+
+def test_two_types_of_one_model_in_two_threads(minilm: Path) -> None:
+    model, tokenizer = BertModel.from_pretrained(minilm), Tokenizer.from_pretrained(minilm)
+    encoders = [SentenceEncoder(model, tokenizer, dtype=dtype) for dtype in (None, torch.bfloat16)]
+    texts = [text(words, words) for words in range(1, 9)]
+    expected = [encoder.encode(texts) for encoder in encoders]
+    with ThreadPoolExecutor(4) as pool:
+        for i, embeddings in enumerate(pool.map(lambda i: encoders[i % 2].encode(texts), range(12))):
+            np.testing.assert_array_equal(embeddings, expected[i % 2])
+
+
+@needs_onednn
+def test_short_and_long_texts_in_two_threads(minilm: Path) -> None:
+    """Their attention goes through different libraries, and which one is the whole process's setting."""
+    encoder = SentenceEncoder.from_pretrained(minilm)
+    texts = [[text(words, words) for words in lengths] for lengths in (range(20, 60, 4), range(80, 120, 4))]
+    expected = [encoder.encode(each) for each in texts]
+    with ThreadPoolExecutor(4) as pool:
+        for i, embeddings in enumerate(pool.map(lambda i: encoder.encode(texts[i % 2]), range(12))):
+            np.testing.assert_array_equal(embeddings, expected[i % 2])
+
+
 # ---------------------------------------------------------------------------------------- the pieces
 
 
@@ -417,570 +421,6 @@ def test_the_copy_shares_what_it_does_not_pack(minilm: Path) -> None:
     assert type(model.layers[0].attention.query) is nn.Linear  # type: ignore[union-attr]
 
 
-class Louder(nn.Module):
-    """Around the embeddings."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *inputs: Tensor | None) -> Tensor:
-        return self.inner(*inputs) * torch.arange(36)  # type: ignore[no-any-return]
-
-
-def uniform_attention(
-    _: object, __: object, value: Tensor, mask: Tensor | None, ___: object
-) -> tuple[Tensor, None]:
-    if mask is None:
-        mask = torch.ones(len(value), 1, value.shape[2], value.shape[2])
-    weights = mask.float() / mask.sum(-1, keepdim=True)  # (B, 1, T, T)
-    return weights.expand(-1, value.shape[1], -1, -1) @ value, None
-
-
-def changes() -> list[Callable[[BertModel], None]]:
-    def in_place(model: BertModel) -> None:
-        with torch.no_grad():
-            model.get_parameter("layers.1.feed_forward.down.weight").mul_(1.5)
-
-    def a_step(model: BertModel) -> None:
-        model(torch.tensor([[5, 6, 7]])).last_hidden_state[..., 0].sum().backward()
-        torch.optim.Adam(model.parameters(), lr=0.1).step()
-
-    def a_fused_step(model: BertModel) -> None:
-        model(torch.tensor([[5, 6, 7]])).last_hidden_state[..., 0].sum().backward()
-        torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
-
-    def new_data(model: BertModel) -> None:
-        weight = model.get_parameter("layers.0.attention.value.weight")
-        weight.data = weight.data * 1.5
-
-    def told(model: BertModel) -> None:
-        model.get_parameter("layers.1.feed_forward.up.weight").detach().numpy()[:] *= 1.5
-        torch.autograd.graph.increment_version(model.parameters())
-
-    def new_parameters(model: BertModel) -> None:
-        value = model.layers[0].attention.value  # type: ignore[union-attr]
-        for seed in range(3):  # the last of which may lie where the first did
-            torch.manual_seed(seed)
-            value.weight = nn.Parameter(torch.randn(36, 36))  # type: ignore[union-attr]
-
-    def pruned(model: BertModel) -> None:
-        prune.l1_unstructured(model.get_submodule("layers.1.feed_forward.up"), "weight", amount=0.5)  # type: ignore[no-untyped-call]
-
-    def other_forward(model: BertModel) -> None:
-        value = model.get_submodule("layers.0.attention.value")
-        forward = value.forward
-        value.forward = lambda x: 2 * forward(x)
-
-    def new_module(model: BertModel) -> None:
-        model.layers[0].attention.value = nn.Linear(36, 36)  # type: ignore[union-attr]
-
-    def adapter(model: BertModel) -> None:
-        attention = model.get_submodule("layers.0.attention")
-        attention.value = nn.Sequential(attention.get_submodule("value"), nn.Linear(36, 36))
-
-    def table_adapter(model: BertModel) -> None:
-        table = model.get_submodule("embeddings.word")
-        model.embeddings.word = nn.Sequential(table, nn.Linear(36, 36))  # type: ignore[assignment]
-
-    def no_bias(model: BertModel) -> None:
-        model.layers[1].feed_forward.down = nn.Linear(37, 36, bias=False)  # type: ignore[union-attr]
-
-    def other_embeddings(model: BertModel) -> None:
-        model.embeddings = Louder(model.embeddings)  # type: ignore[assignment]
-
-    def outside_hook(model: BertModel) -> None:
-        model.register_forward_hook(
-            lambda _, __, output: output._replace(last_hidden_state=output.last_hidden_state * torch.arange(36))
-        )
-
-    def outside_forward(model: BertModel) -> None:
-        forward = model.forward
-        model.forward = lambda *inputs: forward(*inputs)._replace(  # type: ignore[method-assign]
-            last_hidden_state=forward(*inputs).last_hidden_state * torch.arange(36)
-        )
-
-    def activation(model: BertModel) -> None:
-        model.get_submodule("layers.0.feed_forward").activation = nn.ReLU()
-        model.layers[0].feed_forward.up = nn.Linear(36, 37)  # type: ignore[union-attr]
-
-    def activation_alone(model: BertModel) -> None:
-        model.get_submodule("layers.0.feed_forward").activation = nn.ReLU()
-
-    class OnlyScaled(nn.Module):
-        def forward(self, hidden: Tensor, mask: object, attend: object) -> tuple[Tensor, None]:
-            return hidden * torch.arange(36), None
-
-    def other_layer(model: BertModel) -> None:
-        model.get_submodule("layers")[1] = OnlyScaled()  # type: ignore[operator]
-
-    def merged(model: BertModel) -> None:  # as peft does
-        for layer in model.layers:
-            value = layer.get_submodule("attention.value")
-            value.get_parameter("weight").data += 0.01 * torch.randn(36, 2) @ torch.randn(2, 36)
-
-    def biases(model: BertModel) -> None:  # as torch_ema does
-        model.get_parameter("layers.1.feed_forward.up.bias").data.copy_(torch.randn(37))
-
-    def plain_tensor(model: BertModel) -> None:
-        value = model.get_submodule("layers.1.attention.value")
-        del value.weight
-        value.weight = torch.randn(36, 36)
-
-    def without_cls(model: BertModel) -> None:
-        def ablate(_: nn.Module, __: object, output: tuple[Tensor, None]) -> tuple[Tensor, None]:
-            hidden = output[0].clone()
-            hidden[:, 0] = 0
-            return hidden, None
-
-        model.layers[0].register_forward_hook(ablate)
-
-    class Mixing(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x.cumsum(1))  # of a text's tokens, from the left
-
-    def mixes_tokens(model: BertModel) -> None:
-        model.layers[0].feed_forward.up = Mixing(36, 37)  # type: ignore[union-attr]
-
-    def own_function(model: BertModel) -> None:
-        attention: Any = model.get_submodule("layers.1.attention")
-        project = attention.project
-        attention.project = lambda hidden: [2 * states for states in project(hidden)]
-
-    def one_key_for_all_heads(model: BertModel) -> None:
-        attention = model.get_submodule("layers.0.attention")
-        attention.key, attention.value = nn.Linear(36, 12), nn.Linear(36, 12)
-
-    def no_layers(model: BertModel) -> None:
-        model.layers = nn.ModuleList()
-
-    def limited_table(model: BertModel) -> None:
-        model.embeddings.position = nn.Embedding(512, 36, max_norm=0.01)
-
-    def own_attention(model: BertModel) -> None:
-        model.attention = "uniform"
-
-    def fewer_heads(model: BertModel) -> None:
-        attention = model.get_submodule("layers.0.attention")
-        for name in ("query", "key", "value"):
-            setattr(attention, name, nn.Linear(36, 24))
-        attention.output = nn.Linear(24, 36)
-
-    def fewer_inner_numbers(model: BertModel) -> None:
-        up, down = (model.get_submodule(f"layers.0.feed_forward.{name}") for name in ("up", "down"))
-        up.weight, up.bias = nn.Parameter(torch.randn(9, 36)), nn.Parameter(torch.randn(9))
-        down.weight = nn.Parameter(torch.randn(36, 9))  # in_features stay what they were
-
-    def norm(model: BertModel) -> None:
-        with torch.no_grad():
-            model.get_parameter("layers.1.feed_forward_norm.weight").mul_(1.5)
-
-    def other_eps(model: BertModel) -> None:
-        model.layers[0].attention_norm.eps = 1.0  # type: ignore[union-attr]
-
-    def other_head_size(model: BertModel) -> None:
-        model.layers[0].attention.head_size = 18  # type: ignore[union-attr]
-
-    def other_activation(model: BertModel) -> None:
-        model.layers[0].feed_forward.activation = F.relu  # type: ignore[union-attr]
-
-    def other_method(model: BertModel) -> None:
-        run_layers: Any = model.run_layers
-
-        def twice(*inputs: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
-            return ((2 * hidden, weights) for hidden, weights in run_layers(*inputs))
-
-        model.run_layers = twice  # type: ignore[method-assign, assignment]
-
-    class TwiceTheNorm(nn.LayerNorm):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
-
-    def other_norm(model: BertModel) -> None:
-        model.layers[1].feed_forward_norm = TwiceTheNorm(36)
-
-    return [
-        *(biases, in_place, a_step, a_fused_step, new_data, told, new_parameters, pruned, norm),
-        *(merged, plain_tensor, without_cls, mixes_tokens, fewer_heads, fewer_inner_numbers, own_attention),
-        *(own_function, one_key_for_all_heads, no_layers, limited_table),
-        *(no_bias, activation, activation_alone, other_forward, outside_forward, outside_hook),
-        *(new_module, adapter, table_adapter, other_embeddings, other_layer, other_norm),
-        *(other_eps, other_head_size, other_activation, other_method),
-    ]
-
-
-def two_layers(minilm: Path) -> SentenceEncoder:
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=36, num_attention_heads=3, num_hidden_layers=2, intermediate_size=37, initializer_range=0.2
-    )
-    return SentenceEncoder(BertModel(config).eval(), Tokenizer.from_pretrained(minilm))
-
-
-@pytest.mark.parametrize("change", changes(), ids=lambda change: change.__name__)
-def test_changed_weights_are_seen(
-    minilm: Path, change: Callable[[BertModel], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(ATTENTION_FUNCTIONS, "uniform", uniform_attention)
-    encoder = two_layers(minilm)
-    texts = ["one text", "and another one"]
-    before = encoder.encode(texts, convert_to_tensor=True)
-    change(encoder.model)
-    after = encoder.encode(texts, convert_to_tensor=True)
-    assert relative(after, before) > 1e-3
-    assert relative(after, reference(encoder, texts)) < 1e-6
-
-
-def test_new_data_where_the_old_was(minilm: Path) -> None:
-    torch.manual_seed(0)
-    config = BertConfig(hidden_size=12, num_attention_heads=3, num_hidden_layers=1, intermediate_size=70_000)
-    encoder = SentenceEncoder(BertModel(config).eval(), Tokenizer.from_pretrained(minilm))
-    bias = encoder.model.get_parameter("layers.0.feed_forward.up.bias")  # not compared, as some of a matrix is
-    old = bias.data
-    bias.data = torch.randn(70_000)
-    encoder.encode("one text")
-    seen = bias.data_ptr()
-    bias.data = old  # whose memory is the other's now?
-    others = [torch.randn(70_000) for _ in range(99)]
-    bias.data = next((data for data in others if data.data_ptr() == seen), others[0])
-    after = encoder.encode(["one text"], convert_to_tensor=True)
-    assert relative(after, reference(encoder, ["one text"])) < 1e-6
-
-
-def test_a_norm_in_the_place_of_a_dropout_counts(minilm: Path) -> None:
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=36,
-        num_attention_heads=3,
-        num_hidden_layers=1,
-        intermediate_size=2048,
-        initializer_range=0.2,
-    )
-    model = BertModel(config).eval()
-    norm = nn.LayerNorm(36)
-    nn.init.normal_(norm.bias, std=3.0)
-    model.layers[0].feed_forward.dropout = norm  # type: ignore[union-attr]
-    encoder = SentenceEncoder(model, Tokenizer.from_pretrained(minilm), dtype=torch.bfloat16)
-    texts = ["one text", "and another one"]
-    assert relative(encoder.encode(texts, convert_to_tensor=True), reference(encoder, texts)) < 0.02
-
-
-def test_inference_tensors_are_taken_as_they_are(minilm: Path) -> None:
-    with torch.inference_mode():
-        encoder = two_layers(minilm)
-        before = encoder.encode(["one text"], convert_to_tensor=True)
-        for parameter in encoder.model.parameters():
-            parameter.mul_(1.5)
-        after = encoder.encode(["one text"], convert_to_tensor=True)
-        assert relative(after, before) > 1e-3
-        assert relative(after, reference(encoder, ["one text"])) < 1e-6
-        loaded = BertModel.from_pretrained(minilm)
-    loaded(torch.tensor([[5, 6, 7]])).last_hidden_state.sum().backward()  # can be trained
-
-
-def test_an_encoder_with_a_forward_of_its_own(minilm: Path) -> None:
-    class Shifted(SentenceEncoder):
-        def forward(
-            self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-        ) -> Tensor:
-            return super().forward(input_ids, attention_mask, token_type_ids) + torch.arange(36)
-
-    plain = two_layers(minilm)
-    shifted = Shifted(plain.model, plain.tokenizer, dtype=torch.bfloat16).train()
-    texts = ["a b c", "", "d e f", "one more, which is longer", "g h i"]
-    expected = plain.encode(texts, convert_to_tensor=True) + torch.arange(36)
-    for batch_size in (None, 2):
-        assert relative(shifted.encode(texts, batch_size, convert_to_tensor=True), expected) < 1e-6
-    assert shifted.training
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_an_encoder_whose_vectors_are_others(minilm: Path, dtype: torch.dtype) -> None:
-    class Dense(SentenceEncoder):
-        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
-            hidden = self.model(input_ids, attention_mask).last_hidden_state  # (B, T, H)
-            return hidden.masked_fill(attention_mask[..., None] == 0, -9).amax(1)[:, :7].to(dtype)  # type: ignore[no-any-return]
-
-    plain = two_layers(minilm)
-    encoder, texts = Dense(plain.model, plain.tokenizer), [text(n, n) for n in (1, 5, 5, 0)] + 4100 * ["one"]
-    vectors = encoder.encode(texts, convert_to_tensor=True)
-    assert vectors.shape == (4104, 7)
-    assert vectors.dtype == torch.promote_types(dtype, torch.float32)
-    with torch.no_grad():
-        expected = encoder(**{k: v for k, v in plain.tokenizer(texts[:5]).items() if k != "token_type_ids"})
-    assert relative(vectors[:5], expected.to(vectors.dtype)) < (0.01 if dtype == torch.bfloat16 else 1e-6)
-
-
-@pytest.mark.parametrize("how", ["hook on the encoder", "function of the encoder", "hook on a compiled model"])
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # on importing the compiler
-def test_what_is_put_around_the_model(minilm: Path, how: str) -> None:
-    encoder, texts = two_layers(minilm), ["one text", "and another one"]
-    if how == "hook on the encoder":
-        encoder.register_forward_hook(lambda _, __, output: output * torch.arange(36))
-    elif how == "function of the encoder":
-        forward = encoder.forward
-        encoder.forward = lambda *inputs, **named: forward(*inputs, **named) * torch.arange(36)  # type: ignore[method-assign]
-    else:
-        encoder.model = torch.compile(encoder.model, backend="eager")  # type: ignore[assignment]
-        encoder.model.register_forward_hook(
-            lambda _, __, output: output._replace(last_hidden_state=output.last_hidden_state * torch.arange(36))
-        )
-    before = two_layers(minilm).encode(texts, convert_to_tensor=True)
-    after = encoder.encode(texts, convert_to_tensor=True)
-    assert relative(after, before * torch.arange(36)) < 1e-6
-
-
-def test_a_module_around_the_model(minilm: Path, tmp_path: Path) -> None:
-    class Around(nn.Module):
-        def __init__(self, inner: BertModel) -> None:
-            super().__init__()
-            self.inner, self.config, self.device, self.dtype = inner, inner.config, inner.device, inner.dtype
-
-        def forward(self, *inputs: Tensor | None) -> Any:
-            output = self.inner(*inputs)
-            return output._replace(last_hidden_state=2 * output.last_hidden_state)
-
-    plain, texts = two_layers(minilm), ["one text", "and another one"]
-    expected = 2 * plain.encode(texts, convert_to_tensor=True)
-    encoder = SentenceEncoder(Around(plain.model), plain.tokenizer)  # type: ignore[arg-type]
-    assert relative(encoder.encode(texts, convert_to_tensor=True), expected) < 1e-6
-    with pytest.raises(ValueError, match="a Around cannot be saved: put the BertModel inside it in its place"):
-        encoder.save_pretrained(tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
-
-
-def test_a_subclass_of_the_model(minilm: Path) -> None:
-    class Doubled(BertModel):
-        def forward(self, *inputs: Any, **named: Any) -> Any:
-            output = super().forward(*inputs, **named)
-            return output._replace(last_hidden_state=2 * output.last_hidden_state)
-
-    plain = two_layers(minilm)
-    model = Doubled(plain.model.config).eval()
-    model.load_state_dict(plain.model.state_dict())
-    texts = ["one text", "and another one"]
-    expected = 2 * plain.encode(texts, convert_to_tensor=True)
-    assert (
-        relative(SentenceEncoder(model, plain.tokenizer).encode(texts, convert_to_tensor=True), expected) < 1e-6
-    )
-
-
-def test_an_activation_of_ones_own(minilm: Path) -> None:
-    encoder, texts = two_layers(minilm), ["one text", "and another one"]
-    feed_forward: Any = encoder.model.get_submodule("layers.0.feed_forward")
-    feed_forward.activation = torch.sin
-    assert relative(encoder.encode(texts, convert_to_tensor=True), reference(encoder, texts)) < 1e-6
-
-
-def test_cheaper_dropout_is_ours(minilm: Path) -> None:
-    model = two_layers(minilm).model
-    use_fast_dropout(model)
-    assert fast_copy(model) is not None
-
-
-def test_a_pooling_of_ones_own(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def max_pooling(hidden: Tensor, mask: Tensor) -> Tensor:
-        return hidden.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)
-
-    monkeypatch.setitem(sentence_encoder.POOLINGS, "max", max_pooling)
-    encoder, texts = two_layers(minilm), ["one text", "and another one"]
-    encoder.pooling = "max"
-    assert relative(encoder.encode(texts, convert_to_tensor=True), reference(encoder, texts)) < 1e-6
-
-
-@pytest.mark.parametrize("act", ["gelu", "relu", "gelu_new", "silu"])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_what_is_no_number_stays_none(minilm: Path, act: str, dtype: torch.dtype | None) -> None:
-    config = BertConfig(
-        hidden_size=36, num_attention_heads=3, num_hidden_layers=1, intermediate_size=37, hidden_act=act
-    )
-    encoder = SentenceEncoder(BertModel(config).eval(), Tokenizer.from_pretrained(minilm), dtype=dtype)
-    nn.init.constant_(encoder.model.get_parameter("layers.0.feed_forward.up.weight"), torch.nan)
-    assert np.isnan(encoder.encode(["one", "another text"])).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_text_without_finite_numbers_leaves_others_alone(minilm: Path, dtype: torch.dtype) -> None:
-    encoder = SentenceEncoder.from_pretrained(minilm, dtype=dtype)
-    zebra = encoder.tokenizer(["zebra"])["input_ids"][0, 1]
-    with torch.no_grad():
-        encoder.model.embeddings.word.weight[zebra] = torch.inf
-    texts = [f"{word} " * length for length in (12, 70, 75) for word in ("cat", "zebra", "dog")]
-    together = encoder.encode(texts)
-    assert np.isnan(together).any(1).tolist() == [False, True, False] * 3
-    np.testing.assert_array_equal(together, np.stack([encoder.encode(text) for text in texts]))
-
-
-class Merging(nn.Linear):
-    """As loralib's: `train` merges and unmerges."""
-
-    merged = False
-
-    def train(self, mode: bool = True) -> Self:
-        self.merged = not mode
-        return super().train(mode)
-
-
-def test_a_part_is_told_when_it_is_in_training_again(minilm: Path) -> None:
-    encoder = two_layers(minilm)
-    part = Merging(36, 36)
-    encoder.model.get_submodule("layers.0.attention").value = part
-    encoder.train()
-    encoder.model.layers[1].eval()
-    before = [module.training for module in encoder.modules()]
-    encoder.encode("one text")
-    assert [module.training for module in encoder.modules()] == before
-    assert not part.merged
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # on importing the compiler
-def test_a_compiled_model_is_left_as_it_is(minilm: Path, tmp_path: Path) -> None:
-    encoder = two_layers(minilm)
-    expected = encoder.encode(["one text"])
-    compiled = SentenceEncoder(torch.compile(encoder.model), encoder.tokenizer)  # type: ignore[arg-type]
-    np.testing.assert_array_equal(compiled.encode(["one text"]), expected)
-    assert relative(reference(encoder, ["one text"]), torch.tensor(expected)) < 1e-6
-    compiled.save_pretrained(tmp_path / "saved")
-    np.testing.assert_array_equal(
-        SentenceEncoder.from_pretrained(tmp_path / "saved").encode(["one text"]), expected
-    )
-
-
-def test_the_copy_dies_with_its_model(minilm: Path) -> None:
-    encoder = two_layers(minilm)
-    encoder.model.layers[0].register_forward_hook(lambda *_, holds=encoder: None)
-    encoder.encode("one text")
-    model = weakref.ref(encoder.model)
-    assert vars(copy.deepcopy(encoder.model))["_kept"] is None  # it would take the memory twice
-    del encoder
-    gc.collect()
-    assert model() is None
-
-
-def test_old_weights_go_when_the_model_is_converted(minilm: Path) -> None:
-    encoder = two_layers(minilm)
-    encoder.encode("one text")
-    kept = weakref.ref(vars(encoder.model)["_kept"])  # the packed ones, too
-    encoder.half()
-    assert kept() is None
-    encoder.float()
-    assert (
-        relative(encoder.encode(["one text"], convert_to_tensor=True), reference(encoder, ["one text"])) < 1e-6
-    )
-
-
-def test_a_larger_vocabulary_counts_once_the_config_says_so(minilm: Path) -> None:
-    encoder = two_layers(minilm)
-    encoder.tokenizer.backend.add_tokens(["zzqq"])
-    table = encoder.model.embeddings.word.weight
-    encoder.model.embeddings.word = nn.Embedding(30523, 36, _weight=torch.cat([table, 2 * table[:1]]).detach())
-    with pytest.raises(ValueError, match=r"input_ids\[2\] is 30522, it must be from 0 to 30521"):
-        encoder.encode("a zzqq")
-    encoder.model.config = replace(encoder.model.config, vocab_size=30523)
-    vector = encoder.encode(["a zzqq"], convert_to_tensor=True)
-    assert relative(vector, reference(encoder, ["a zzqq"])) < 1e-6
-
-
-class Scaled(nn.Module):
-    """An adapter."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        self.scale = 2.0
-        self.dropout = nn.Dropout(0.5)
-        self.register_buffer("shift", torch.ones(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * self.dropout(self.inner(x)) + self.shift  # type: ignore[no-any-return]
-
-
-def test_what_an_adapter_keeps_counts(minilm: Path) -> None:
-    encoder, texts = two_layers(minilm), ["one text", "and another one"]
-    attention = encoder.model.get_submodule("layers.1.attention")
-    adapter = Scaled(attention.get_submodule("value"))
-    attention.value = adapter
-    encoder.train()  # which encode is not
-    seen = []
-    for adapter.scale, shift in ((2.0, 1.0), (0.5, 1.0), (0.5, 3.0)):
-        adapter.get_buffer("shift").fill_(shift)
-        seen.append(encoder.encode(texts, convert_to_tensor=True))
-        assert all(module.training for module in encoder.modules())
-    encoder.eval()
-    assert relative(seen[-1], reference(encoder, texts)) < 1e-6
-    adapter.train()  # as one that was put into a loaded model
-    assert torch.equal(encoder.encode(texts, convert_to_tensor=True), seen[-1])
-    assert adapter.training
-    assert relative(seen[0], seen[1]) > 1e-3
-    assert relative(seen[1], seen[2]) > 1e-3
-
-
-def test_hooks_see_what_they_see_in_forward(minilm: Path) -> None:
-    class Recorder:
-        def __init__(self) -> None:
-            self.seen: list[tuple[nn.Module, tuple[int, ...]]] = []
-
-        def note(self, part: nn.Module, inputs: tuple[Tensor, ...], __: object) -> None:
-            self.seen.append((part, tuple(inputs[0].shape)))
-
-    encoder, method, bound = two_layers(minilm), Recorder(), Recorder()
-    first, second = encoder.model.layers
-    first.register_forward_hook(method.note)
-    second.register_forward_hook(partial(Recorder.note, bound))
-    encoder.encode(["one text", "two text"])
-    assert method.seen == [(first, (2, 4, 36))]
-    assert bound.seen == [(second, (2, 4, 36))]
-
-
-PARTS = """embeddings embeddings.position embeddings.norm layers.1 layers.0.attention layers.1.attention.key
-layers.0.attention.dropout layers.1.attention_norm layers.0.feed_forward layers.1.feed_forward.up"""
-
-
-@pytest.mark.parametrize("name", PARTS.split())
-def test_hooks_are_called(minilm: Path, name: str) -> None:
-    """Whenever they are put there, and what they return counts, as in the reference."""
-    encoder, texts = two_layers(minilm), ["one text", "and another one"]
-    before = encoder.encode(texts, convert_to_tensor=True)
-
-    def negate(_: nn.Module, inputs: object, output: Any) -> Any:
-        return (-output[0], output[1]) if isinstance(output, tuple) else -output
-
-    hook = encoder.model.get_submodule(name).register_forward_hook(negate)
-    after = encoder.encode(texts, convert_to_tensor=True)
-    assert relative(after, before) > 1e-3
-    assert relative(after, reference(encoder, texts)) < 1e-6
-    hook.remove()
-    assert torch.equal(encoder.encode(texts, convert_to_tensor=True), before)
-
-
-def test_a_part_that_was_taken_out(minilm: Path) -> None:
-    encoder = SentenceEncoder.from_pretrained(minilm)
-    expected = encoder.encode("one text")
-    encoder.model.pooler = None
-    np.testing.assert_array_equal(encoder.encode("one text"), expected)
-
-
-def test_two_types_of_one_model_in_two_threads(minilm: Path) -> None:
-    model, tokenizer = BertModel.from_pretrained(minilm), Tokenizer.from_pretrained(minilm)
-    encoders = [SentenceEncoder(model, tokenizer, dtype=dtype) for dtype in (None, torch.bfloat16)]
-    texts = [text(words, words) for words in range(1, 9)]
-    expected = [encoder.encode(texts) for encoder in encoders]
-    with ThreadPoolExecutor(4) as pool:
-        for i, embeddings in enumerate(pool.map(lambda i: encoders[i % 2].encode(texts), range(12))):
-            np.testing.assert_array_equal(embeddings, expected[i % 2])
-
-
-@needs_onednn
-def test_short_and_long_texts_in_two_threads(minilm: Path) -> None:
-    """Their attention goes through different libraries, and which one is the whole process's setting."""
-    encoder = SentenceEncoder.from_pretrained(minilm)
-    texts = [[text(words, words) for words in lengths] for lengths in (range(20, 60, 4), range(80, 120, 4))]
-    expected = [encoder.encode(each) for each in texts]
-    with ThreadPoolExecutor(4) as pool:
-        for i, embeddings in enumerate(pool.map(lambda i: encoder.encode(texts[i % 2]), range(12))):
-            np.testing.assert_array_equal(embeddings, expected[i % 2])
-
-
 def test_a_batch_says_what_is_wrong_with_it() -> None:
     config = BertConfig(vocab_size=10, max_position_embeddings=4)
     with pytest.raises(ValueError, match=r"input_ids\[2\] is 10, it must be from 0 to 9"):
@@ -1047,178 +487,3 @@ def test_packing_keeps_positions_and_order(minilm: Path) -> None:
     with torch.no_grad():
         for row, ours in zip(rows, torch.split(hidden[:71], [63, 3, 3, 2]), strict=True):
             torch.testing.assert_close(ours, model(torch.tensor([row])).last_hidden_state[0], atol=1e-5, rtol=0)
-
-
-# --------------------------------------------------------- what runs on a GPU, as far as a CPU can tell
-
-
-def varlen_by_mask(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, *rest: object, scale: float, num_splits: int = 1
-) -> Tensor:
-    """What varlen_attn computes (tokens, N, D), by a mask over all pairs of tokens."""
-    text = torch.bucketize(torch.arange(len(query)), starts[1:].long(), right=True)  # (tokens,)
-    scores = torch.einsum("qnd,knd->nqk", query, key) * scale
-    weights = scores.masked_fill(text[:, None] != text, -torch.inf).softmax(-1)
-    return torch.einsum("nqk,knd->qnd", weights, value)
-
-
-def batches(config: BertConfig) -> Iterator[PackedBatch]:
-    generator = torch.Generator().manual_seed(0)
-    for lengths in ([5], [9, 9, 4], [31, 7, 7, 7, 2, 2], [3] * 11, [8], [64, 2], [2] * 64):
-        rows = [torch.randint(999, 2000, (n,), generator=generator).tolist() for n in lengths]
-        yield PackedBatch.from_rows(rows, config, CPU)
-
-
-def test_varlen_attention_is_the_same_model(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_mask)
-    fast = FastModel(BertModel.from_pretrained(minilm))
-    for batch in batches(fast.config):
-        with torch.no_grad():
-            ours = run_varlen(
-                fast, batch.input_ids, batch.position_ids, batch.packing.starts, batch.packing.longest
-            )
-            texts = slice(batch.packing.starts[-1])  # not the filling
-            torch.testing.assert_close(ours[texts], run(fast, batch)[texts], atol=2e-5, rtol=0)
-
-
-@pytest.mark.slow
-def test_two_graphs_serve_every_batch(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_mask)
-    monkeypatch.setattr(onednn, "packs_weights", lambda weight: False)  # as on a GPU
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(run_varlen, fullgraph=True, dynamic=True, backend=counter)
-    fast = FastModel(BertModel.from_pretrained(minilm), layers=2)
-    for batch in batches(fast.config):
-        with torch.no_grad():
-            ours = compiled(
-                fast, batch.input_ids, batch.position_ids, batch.packing.starts, batch.packing.longest
-            )
-            texts = slice(batch.packing.starts[-1])  # not the filling
-            torch.testing.assert_close(ours[texts], run(fast, batch)[texts], atol=2e-5, rtol=0)
-    assert counter.frame_count <= 2  # one text, and several
-    for graph in counter.graphs:
-        given = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
-        weights = [value.shape for value in given if isinstance(value, Tensor) and value.is_floating_point()]
-        assert all(type(size) is int for shape in weights for size in shape)  # only tokens and texts vary
-        assert torch.Size([1152, 384]) in weights
-
-
-@pytest.mark.slow
-def test_many_kinds_of_models_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each takes two graphs, of which torch allows eight, and here three, unless it is told otherwise."""
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_mask)
-    monkeypatch.setattr(onednn, "packs_weights", lambda weight: False)  # as on a GPU
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
-    fast_inference._compiled.cache_clear()
-    torch._dynamo.reset()
-    for heads in (1, 2):
-        config = BertConfig(
-            vocab_size=2000,
-            hidden_size=8 * heads,
-            num_attention_heads=heads,
-            num_hidden_layers=1,
-            intermediate_size=7,
-        )
-        fast = FastModel(BertModel(config).eval())
-        for batch in batches(config):
-            with torch.no_grad():
-                texts = slice(batch.packing.starts[-1])  # not the filling
-                ours = run(fast, batch, compiled=True)[texts]
-                torch.testing.assert_close(ours, run(fast, batch)[texts], atol=2e-5, rtol=0)
-    fast_inference._compiled.cache_clear()
-    torch._dynamo.reset()
-
-
-def test_compiling_needs_a_gpu(minilm: Path) -> None:
-    encoder = SentenceEncoder.from_pretrained(minilm, dtype=torch.bfloat16, compile=True)
-    with pytest.raises(ValueError, match="compile=True needs a GPU"):
-        encoder.encode("a sentence")
-
-
-def test_few_numbers_of_tokens_reach_a_gpu() -> None:
-    cuda = torch.device("cuda")
-    filled = {Packing.of([n], cuda, fill=True).filling + n for n in range(1, 600)}
-    assert filled == {256, 512, 768}
-    assert Packing.of([7], cuda).filling == 0
-
-
-def test_the_default_device_does_not_matter(minilm: Path) -> None:
-    encoder = SentenceEncoder.from_pretrained(minilm)
-    expected = encoder.encode(["a sentence", "and another"])
-    with torch.device("meta"):
-        np.testing.assert_array_equal(encoder.encode(["a sentence", "and another"]), expected)
-
-
-@pytest.mark.parametrize(("hidden_size", "budget"), [(32, 65536), (384, 65536), (768, 32768), (1024, 24576)])
-def test_a_gpu_gets_larger_batches(hidden_size: int, budget: int) -> None:
-    assert (
-        fast_inference.token_budget(
-            BertConfig(hidden_size=hidden_size, num_attention_heads=4), torch.device("cuda")
-        )
-        == budget
-    )
-
-
-@pytest.mark.parametrize(
-    ("device", "capability", "dtype", "head_size", "expected"),
-    [
-        ("cuda", (9, 0), torch.bfloat16, 64, True),
-        ("cuda", (8, 0), torch.float16, 256, True),
-        ("cuda", (7, 5), torch.float16, 64, False),
-        ("cuda", (9, 0), torch.float32, 64, False),
-        ("cuda", (9, 0), torch.bfloat16, 12, False),
-        ("cuda", (9, 0), torch.bfloat16, 264, False),
-        ("cpu", (9, 0), torch.bfloat16, 64, False),
-    ],
-)
-def test_where_one_kernel_attends_to_all_lengths(
-    monkeypatch: pytest.MonkeyPatch,
-    device: str,
-    capability: tuple[int, int],
-    dtype: torch.dtype,
-    head_size: int,
-    expected: bool,
-) -> None:
-    monkeypatch.setattr(fast_attention, "HAS_VARLEN", True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert fast_attention.has_varlen(torch.device(device), dtype, head_size) is expected
-
-
-@pytest.mark.parametrize(("n", "width"), [(1, 1), (5, 2), (3, 37), (7, 384), (0, 36)])
-def test_vectors_of_length_one_on_a_gpu(n: int, width: int) -> None:
-    torch.manual_seed(0)
-    vectors = torch.randn(n, width)
-    torch.testing.assert_close(sentence_encoder._divide_by_length(vectors), F.normalize(vectors, dim=1))
-    assert torch.equal(sentence_encoder._divide_by_length(torch.zeros(2, 3)), torch.zeros(2, 3))
-
-
-@pytest.mark.filterwarnings("ignore:.*texts cut to 512 tokens")
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # in torch's compiler
-@pytest.mark.gpu
-@pytest.mark.parametrize("size", ["MiniLM", "two layers of bert-base's"])
-@pytest.mark.parametrize(
-    ("dtype", "compiled"), [(None, False), (torch.bfloat16, False), (torch.bfloat16, True)]
-)
-def test_on_a_gpu(
-    minilm: Path, monkeypatch: pytest.MonkeyPatch, size: str, dtype: torch.dtype | None, compiled: bool
-) -> None:
-    """Faithful, and in bfloat16, unless it is compiled, the same bits in any batch."""
-    texts = varied_texts(200)
-    model = BertModel.from_pretrained(minilm)
-    if size != "MiniLM":
-        torch.manual_seed(0)
-        model = BertModel(BertConfig(num_hidden_layers=2)).eval()
-    tokenizer = Tokenizer.from_pretrained(minilm)
-    tokenizer.max_length = 512
-    wide = SentenceEncoder(model, tokenizer, normalize_embeddings=True).encode(texts)
-    encoder = SentenceEncoder(model, tokenizer, normalize_embeddings=True, dtype=dtype, compile=compiled).cuda()
-    together = encoder.encode(texts)
-    assert (together * wide).sum(1).min() > (0.9999 if dtype else 0.999999)
-    if dtype and not compiled:
-        np.testing.assert_array_equal(np.stack([encoder.encode(each) for each in texts]), together)
-        np.testing.assert_array_equal(encoder.encode(texts[::-1], batch_size=7)[::-1], together)
-        monkeypatch.setitem(fast_inference.TOKEN_BUDGET, "cuda", 777)
-        np.testing.assert_array_equal(encoder.encode(texts), together)

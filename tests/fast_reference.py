@@ -1,0 +1,52 @@
+"""Texts for the fast path's tests, what `forward` gives for them, and where its promises hold."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from minibert import SentenceEncoder, amx, fast_attention, onednn
+from minibert.onednn import packs_weights
+
+CPU = torch.device("cpu")
+WORDS = (
+    "the quick brown fox jumps over a lazy dog while unbelievable antidisestablishmentarianism 42 é !".split()
+)
+needs_onednn = pytest.mark.skipif(
+    not packs_weights(torch.zeros(1)), reason="the promise is made for oneDNN's products"
+)
+needs_bfloat16 = pytest.mark.skipif(
+    not packs_weights(torch.zeros(1, dtype=torch.bfloat16)), reason="the promise is made for oneDNN's products"
+)
+BFLOAT16 = pytest.param(torch.bfloat16, marks=needs_bfloat16)
+FUSED = fast_attention.fuses_bfloat16(torch.zeros(1, dtype=torch.bfloat16))
+THREADS = (1, 2, 3, 8, 32) if amx.HAS_AMX else (1, 2, 3, 8)
+needs_exact = pytest.mark.skipif(not onednn.are_exact(), reason="oneDNN's float32 products are not exact here")
+
+
+def text(words: int, seed: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=words))
+
+
+def varied_texts(count: int, seed: int = 0) -> list[str]:
+    """Lengths from the empty text to longer than 512 tokens, most of them short, as text is."""
+    rng = random.Random(seed)
+    lengths = [min(int(rng.lognormvariate(2.7, 1.1)), 600) for _ in range(count - 4)]
+    return [text(length, seed + i) for i, length in enumerate([0, 1, 600, 300, *lengths])]
+
+
+def reference(encoder: SentenceEncoder, texts: list[str]) -> Tensor:
+    """`forward`, padded, 32 at a time."""
+    ids = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    embeddings = torch.empty(len(texts), encoder.model.config.hidden_size)
+    with torch.no_grad():
+        for start in range(0, len(ids), 32):
+            rows = ids[start : start + 32]
+            embeddings[rows] = encoder(**encoder.tokenizer([texts[i] for i in rows]))
+    return embeddings
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference of a component, relative to the embedding's norm."""
+    return float(((ours - theirs).abs().amax(dim=1) / theirs.norm(dim=1)).max())
