@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from heads import MISSING, MLPHead, MultiTaskLoss, MultiTaskModel
-from heads.data import SPLITS, DataError, Example, SentenceDataset, epoch_batches, fingerprint, label_names
+from heads.data import SentenceDataset, epoch_batches, fingerprint, label_names
 from heads.evaluation import evaluate, evaluation_batches, majority_accuracies, score
 from heads.features import compute, fill, size_in_bytes
 from heads.options import Options, read_options
@@ -33,6 +33,7 @@ from heads.processes import FirstFailedError, Processes, catching_interrupts
 from heads.report import Bar, print_epoch, print_results, print_sets, write_report
 from heads.run_directory import RunDirectory
 from heads.sets import read_sets
+from heads.tables import SPLITS, DataError, Example
 from heads.training_state import Progress, collect, restore
 from minibert import BertModel, Tokenizer
 from minibert.fast_dropout import use_fast_dropout

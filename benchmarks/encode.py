@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.load import save_base_size
-from heads.data import DEMO
+from heads.tables import DEMO
 from minibert import BertConfig, SentenceEncoder, Tokenizer
 from minibert.onednn import packs_weights
 from minibert.tokenizer import pad

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from sklearn.linear_model import LogisticRegression
 
-from heads.data import Example, stratified_split
+from heads.data import stratified_split
+from heads.tables import Example
 from minibert import SentenceEncoder
 
 Rows = list[tuple[str, str]]

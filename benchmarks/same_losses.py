@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 
 import train
 from benchmarks.transformers_loop import TransformersMultiTask, train_with_transformers
-from heads.data import SentenceDataset, epoch_batches, label_names, read_examples
+from heads.data import SentenceDataset, epoch_batches, label_names
+from heads.tables import read_examples
 from minibert import Tokenizer
 from weights import resolve
 

@@ -31,7 +31,8 @@ import torch
 
 from benchmarks.encode import make_texts, ratio
 from benchmarks.load import save_base_size
-from heads.data import DEMO, SentenceDataset, epoch_batches, label_names, read_examples
+from heads.data import SentenceDataset, epoch_batches, label_names
+from heads.tables import DEMO, read_examples
 from minibert import Tokenizer
 from weights import resolve
 

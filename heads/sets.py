@@ -5,17 +5,9 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from heads.data import (
-    DEMO,
-    SPLITS,
-    DataError,
-    Example,
-    dummy_examples,
-    read_examples,
-    stratified_split,
-    without_spelling,
-)
+from heads.data import dummy_examples, stratified_split, without_spelling
 from heads.options import Options
+from heads.tables import DEMO, SPLITS, DataError, Example, read_examples
 from weights.checkpoint import HEADS
 
 

@@ -13,20 +13,17 @@ from hypothesis import strategies as st
 
 from heads import MISSING
 from heads.data import (
-    DEMO,
-    DataError,
-    Example,
     SentenceDataset,
     dummy_examples,
     epoch_batches,
     fingerprint,
     label_names,
-    read_examples,
     stratified_split,
 )
 from heads.options import read_options
 from heads.report import print_sets
 from heads.sets import read_sets
+from heads.tables import DEMO, DataError, Example, read_examples
 from minibert import Tokenizer
 
 TASKS = {"type": "kind", "mood": "feeling"}

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from heads.data import DEMO
+from heads.tables import DEMO
 from minibert import (
     BertConfig,
     BertModel,

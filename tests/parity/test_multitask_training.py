@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 import train
 from benchmarks.transformers_loop import TransformersMultiTask, train_with_transformers
 from heads import MultiTaskModel
-from heads.data import SentenceDataset, epoch_batches, read_examples
+from heads.data import SentenceDataset, epoch_batches
+from heads.tables import read_examples
 from minibert import Tokenizer
 from weights.key_maps import FAMILIES
 
