@@ -1,0 +1,197 @@
+"""What train.py refuses, and what it says."""
+
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+import termios
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import train
+from heads import MultiTaskModel
+from heads.options import Options, read_options
+from tests.training.conftest import ROOT, Main, table
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--freeze layers:9", "'layers:9': the model has 3 layers"),
+        ("--freeze head:topic", "no head 'topic', its heads are: type, sentiment"),
+        ("--freeze frozen", "no freezing strategy 'frozen'"),
+        ("--freeze gradual,head:type,head:sentiment", "leaves nothing to train in the first epoch"),
+        ("--epochs 0", "--epochs is 0, it must be 1 or more"),
+        ("--epochs x", "argument --epochs: invalid int value: 'x'"),
+        ("--lr -1", "lr is -1.0, it must be a number from 0"),
+        ("--warmup 2", "--warmup is 2.0, it must be from 0 to 1"),
+        ("--validation-fraction 1", "--validation-fraction is 1.0, it must lie between 0 and 1"),
+        ("--metric f1", "--metric is 'f1', it must be [TASK.]loss, accuracy or macro_f1"),
+        ("--metric topic.loss", "--metric topic.loss: no task 'topic', there are: type, sentiment"),
+        ("--loss-weight topic=1", "a loss weight is given for 'topic'"),
+        ("--loss-weight type", "--loss-weight type: give NAME=X, each name once"),
+        ("--loss-weight type=much", "--loss-weight type=much: could not convert string to float: 'much'"),
+        ("--loss-weight type=2 --balance uncertainty", "choose one"),
+        ("--task a=b", "--task, --validation and --test need --train FILE"),
+        ("--train x.csv", "--train needs --task NAME=COLUMN"),
+        ("--train x.csv --task a=b", "x.csv cannot be read: No such file or directory"),
+        ("--device gpu", "--device gpu:"),
+        ("--device meta", "--device meta"),
+        ("--seed 20240101123456", "--seed is 20240101123456, it must be less than 2**32"),
+        ("--eval-only --test x.csv", "files need --task NAME=COLUMN, and --task needs files"),
+        ("--train knd=x.csv --task kind=a", "--train knd=x.csv: there is no task 'knd', --task names kind"),
+        ("--epoch 3", "unrecognized arguments: --epoch 3"),
+        ("--eval-only", "has no heads"),
+        ("--resume", "holds no run, it has no config.json"),
+        ("--config none.json", "has no none.json"),
+    ],
+)
+def test_bad_options_are_one_sentence(
+    main: Main,
+    tmp_path: Path,
+    options: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main("run", options, status=2)
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("train.py: error: ")
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("column", "given", "message"),
+    [
+        ("Split", "", "d.csv, line 2: the split column is called 'Split', say so by --split Split"),
+        ("split", "--split nosuch", "--split nosuch: no row of any file has something in that column"),
+    ],
+)
+def test_a_split_that_would_be_overlooked(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], column: str, given: str, message: str
+) -> None:
+    rows = [(f"text {i}", "xy"[i % 2], "train" if i < 20 else "test") for i in range(30)]
+    data = table(tmp_path / "d.csv", [("text", "a", column), *rows])
+    command = f"--model {small} --train {data} --task a=a --epochs 1 --output {tmp_path / 'run'} "
+    assert train.main((command + given).split()) == 2
+    assert message in capsys.readouterr().err
+    assert train.main((command + f"--split {column}").split()) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"epoch": 3}', "config.json: no option 'epoch', see --help"),
+        ('{"freeze": ["layers:1", "head:type"]}', "config.json: freeze is a list, it must be one value"),
+        ('{"epochs": "many"}', "config.json: argument --epochs: invalid int value: 'many'"),
+        ("{", "is not valid JSON"),
+    ],
+)
+def test_a_bad_config(tmp_path: Path, content: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(content)
+    assert train.main(["--config", str(tmp_path / "config.json")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_line_wins_over_the_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"epochs": 3, "bf16": true, "lr": 0.1, "loss_weight": ["a=1", "b=2"]}'
+    )
+    options = read_options(["--config", str(tmp_path / "config.json"), "--epochs", "4", "--loss-weight", "c=3"])
+    assert (options.epochs, options.bf16, options.lr, options.loss_weight) == (4, True, 0.1, ("c=3",))
+
+
+@pytest.mark.parametrize("lr", ["", "--lr 1e-4", "--head-lr 1e-2", "--lr 1e-4 --head-lr 1e-2"])
+def test_learning_rates(lr: str) -> None:
+    plan = read_options(lr.split()).plan()
+    expected = {"": (5e-5, 1e-3), "--lr 1e-4": (1e-4, 1e-4), "--head-lr 1e-2": (5e-5, 1e-2)}
+    assert (plan.lr, plan.head_lr) == expected.get(lr, (1e-4, 1e-2))
+
+
+def test_an_output_that_cannot_be_written(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/run"):
+        main(name, status=2)
+        captured = capsys.readouterr()
+        assert f"{tmp_path / 'file'} is a file, it must be a directory" in captured.err
+        assert not captured.out  # before the work
+    free = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    run = main("full", status=2)
+    assert "1 MB are free, checkpoints may take" in capsys.readouterr().err
+    assert not list(run.iterdir())
+    monkeypatch.undo()
+
+    def dying(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "truncate", dying)  # by which a run that can be gone on with has begun
+    assert main(run.name, status=130) == run
+    monkeypatch.undo()
+    assert train.main(["--output", str(run), "--resume"]) == 0
+
+
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
+    main: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saves = []
+    save = MultiTaskModel.save_pretrained
+
+    def failing(self: MultiTaskModel, directory: Path) -> None:
+        saves.append(directory)
+        if len(saves) > 3:
+            raise OSError(28, "No space left on device")
+        save(self, directory)
+
+    monkeypatch.setattr(MultiTaskModel, "save_pretrained", failing)
+    run = main("run", "--save-every 6", status=2)
+    assert "No space left on device" in capsys.readouterr().err
+    assert json.loads((run / "last/training.json").read_text())["step"] == 8
+    MultiTaskModel.from_pretrained(run / "last")
+    MultiTaskModel.from_pretrained(run / "best")
+
+
+@pytest.mark.slow
+def test_a_progress_bar_on_a_terminal_only(small: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--model",
+        str(small),
+        "--data",
+        "dummy",
+        "--epochs",
+        "1",
+    ]
+    piped = subprocess.run([*command, "--output", str(tmp_path / "a")], capture_output=True, check=True)
+    assert piped.stderr == b""
+    assert b"tokens/s" in piped.stdout
+    terminal, child_end = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 100))
+    subprocess.run(
+        [*command, "--output", str(tmp_path / "b")], stderr=child_end, stdout=subprocess.DEVNULL, check=True
+    )
+    os.close(child_end)
+    shown = os.read(terminal, 65536).decode()
+    os.close(terminal)
+    assert "epoch 1/1" in shown
+    assert re.search(r"loss \d\.\d+, [\d,]+ tokens/s", shown)
+
+
+def test_help_is_for_newcomers(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for item in Options.__dataclass_fields__.values():
+        assert f"--{item.name.replace('_', '-')}" in text
+        assert " ".join(item.metadata["help"].split()) in text

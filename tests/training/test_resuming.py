@@ -1,0 +1,244 @@
+"""A run that was stopped goes on as if it had not been."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import train
+from heads import features
+from heads.processes import catching_interrupts
+from heads.run_directory import RunDirectory
+from tests.training.conftest import ROOT, Main, a_new_head_may_be_frozen, assert_same_run, epochs, steps, table
+
+
+@a_new_head_may_be_frozen
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--freeze none --balance uncertainty --save-every 3",
+        "--freeze backbone",
+        "--freeze layers:2,head:type --layer-lr-decay 0.5",
+        "--freeze gradual --patience 2 --epochs 4",
+        "--freeze layers:1 --fast",
+        "--freeze layers:1 --fast --bf16",
+    ],
+)
+@pytest.mark.parametrize("stop", [8, pytest.param(13, marks=pytest.mark.slow)])
+def test_resuming_is_exact(main: Main, monkeypatch: pytest.MonkeyPatch, options: str, stop: int) -> None:
+    """Ctrl-C in a step: it is finished and saved; resumed, every file is as if nothing had happened."""
+    whole = main("whole", options)
+    log = RunDirectory.log
+
+    def interrupting(self: RunDirectory, record: dict[str, Any]) -> None:
+        log(self, record)
+        if record["step"] == stop and "losses" in record:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(RunDirectory, "log", interrupting)
+    part = main("part", options, status=130)
+    assert len(steps(part)) in (stop, stop + 1)
+    monkeypatch.undo()
+    assert train.main(["--output", str(part), "--resume"]) == 0
+    assert_same_run(whole, part)
+    assert train.main(["--output", str(part), "--resume"]) == 0  # a finished run only reports again
+    assert_same_run(whole, part)
+
+
+@pytest.mark.parametrize("options", ["", "--fast"])
+# Computed before the first step, and in the middle of the run:
+@pytest.mark.parametrize("depth", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_interrupt_while_features_are_computed(
+    main: Main, monkeypatch: pytest.MonkeyPatch, options: str, depth: int
+) -> None:
+    """Ctrl-C is heeded after a batch of them; resumed, every file is as if nothing had happened."""
+    options += " --freeze gradual:2 --epochs 4 --save-every 100"
+    whole = main("whole", options)
+    batches = 0
+
+    def interrupting(*arguments: Any) -> Iterator[int]:
+        nonlocal batches
+        for sentences in features.fill(*arguments):
+            if arguments[-1] == depth:
+                batches += 1
+                signal.raise_signal(signal.SIGINT)
+            yield sentences
+
+    monkeypatch.setattr(train, "fill", interrupting)
+    part = main("part", options, status=130)
+    assert batches == 1
+    assert (len(steps(part)) > 0) == (depth == 2)
+    monkeypatch.undo()
+    assert train.main(["--output", str(part), "--resume"]) == 0
+    assert_same_run(whole, part)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["at once", "before the first save", "between saves", "while saving"])
+def test_a_kill_loses_no_more_than_since_the_last_save(
+    main: Main, small: Path, tmp_path: Path, when: str
+) -> None:
+    options = "--save-every 5"
+    whole = main("whole", options)
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from heads.processes import Processes
+from heads.run_directory import RunDirectory
+import heads.run_directory as module
+log, write = RunDirectory.log, module.write_directory
+def kill(): os.kill(os.getpid(), signal.SIGKILL)
+def killing(self, record):
+    log(self, record)
+    if record["step"] == {{"at once": 1, "before the first save": 4, "between saves": 12}}.get({when!r}):
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write('{{"half a li')
+        kill()
+def dying(directory, files):
+    write(directory, files)
+    if {when!r} == "while saving" and directory.name == ".last.new" and directory.parent.joinpath("best").exists():
+        os.rename(directory.parent / "last", directory.parent / ".last.old")
+        kill()
+RunDirectory.log, module.write_directory = killing, dying
+command = "--model {small} --data dummy --epochs 3 --batch-size 48 --output {tmp_path / "part"} {options}"
+train.main(command.split())
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    RunDirectory(tmp_path / "part").recover()
+    saved = tmp_path / "part" / "last" / "training.json"
+    step = json.loads(saved.read_text())["step"] if saved.exists() else 0
+    assert step == {"at once": 0, "before the first save": 0, "between saves": 10, "while saving": 5}[when]
+    assert train.main(["--output", str(tmp_path / "part"), "--resume"]) == 0
+    assert_same_run(whole, tmp_path / "part")
+    assert not list((tmp_path / "part").glob(".*"))
+
+
+def test_resuming_something_else_says_what_differs(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [(f"sentence {i}", "ab"[i % 2]) for i in range(40)]
+    data = table(
+        tmp_path / "a.csv",
+        [("text", "label", "other"), *((*row, "cd"[len(row) % 2]) for row in rows), ("x", "a", "d")],
+    )
+    output = tmp_path / "run"
+    command = f"--model {small} --train {data} --task a=label --epochs 1 --output {output}"
+    assert train.main(command.split()) == 0
+    assert train.main(f"{command} --resume".split()) == 0  # repeating the options is fine
+
+    def refused(options: str) -> str:
+        capsys.readouterr()
+        assert train.main([*options.split(), "--output", str(output), "--resume"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert "has other options: --freeze was none, is backbone" in refused("--freeze backbone")
+    assert "--task was ('a=label',), is ('a=other',)" in refused("--task a=other")
+    assert "--epochs was 1, is 2; --seed was 0, is 1" in refused("--seed 1 --epochs 2")
+    data.write_text(data.read_text() + "more,a,c\n")
+    assert "these sets have changed since" in refused("")
+    assert "train" in refused("")
+
+
+def test_a_run_without_its_last_state_is_not_begun_again(
+    main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = main("run", "--epochs 2")
+    kept = [run / "metrics.jsonl", run / "best" / "model.safetensors", run / "best" / "heads.safetensors"]
+    before = [path.read_bytes() for path in kept]
+    shutil.rmtree(run / "last")
+    assert train.main(["--output", str(run), "--resume"]) == 2
+    assert "last is not there any more, so the run cannot go on: begin another" in capsys.readouterr().err
+    assert [path.read_bytes() for path in kept] == before
+
+
+@pytest.mark.parametrize("missing", ["best", "last/heads.json"])
+def test_a_run_that_lost_a_part_does_not_go_on(
+    main: Main, capsys: pytest.CaptureFixture[str], missing: str
+) -> None:
+    run = main("run", "--epochs 1")
+    (run / missing).rename(run / "elsewhere")
+    assert train.main(["--output", str(run), "--resume"]) == 2
+    assert f"{run / missing} is not there any more, so the run cannot go on" in capsys.readouterr().err
+
+
+def test_resuming_removes_nothing_of_others(main: Main) -> None:
+    run = main("run", "--epochs 1")
+    names = [".venv.old", ".git.new", ".best.new", ".last.old"]
+    for name in names:
+        (run / name).mkdir()
+        (run / name / "file").touch()
+    assert train.main(["--output", str(run), "--resume"]) == 0
+    assert [name for name in names if (run / name).exists()] == [".venv.old", ".git.new"]
+
+
+def test_a_run_is_not_overwritten(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main("run", "--epochs 1")
+    main("run", "--epochs 1", status=2)
+    assert (
+        "run holds a config.json already: give another --output, or go on with that run by --resume"
+        in capsys.readouterr().err
+    )
+    (tmp_path / "other" / "best").mkdir(parents=True)
+    (tmp_path / "other" / "best" / "precious.txt").write_text("mine")
+    main("other", "--epochs 1", status=2)
+    assert "other holds a best already" in capsys.readouterr().err
+    assert (tmp_path / "other" / "best" / "precious.txt").read_text() == "mine"
+
+
+def test_the_next_free_directory(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert train.main(f"--model {small} --data dummy --steps 1 --freeze backbone".split()) == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["1", "2"]
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "runs").symlink_to(tmp_path / "unmounted")
+    assert train.main(f"--model {small} --data dummy --steps 1 --freeze backbone".split()) == 2
+
+
+def test_a_run_has_one_process(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = main("run", "--epochs 1")
+    with RunDirectory(run).locked():
+        assert train.main(f"--output {run} --resume".split()) == 2
+        main("new", "--epochs 1")
+    assert "last is being written by another process: wait for it or stop it" in capsys.readouterr().err
+    assert train.main(f"--output {run} --resume".split()) == 0
+    assert not list(tmp_path.glob("*/*.lock"))
+
+
+def test_an_epoch_is_saved_before_it_is_printed(
+    main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = main("whole")
+
+    def gone(*_: object) -> None:
+        raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "print_epoch", gone)
+        patch.setattr(os, "dup2", lambda *_: None)  # pytest's own standard output is not broken
+        main("part", status=141)
+    assert len(epochs(tmp_path / "part")) == 1
+    assert (tmp_path / "part" / "best").is_dir()
+    assert train.main(f"--output {tmp_path / 'part'} --resume".split()) == 0
+    assert_same_run(whole, tmp_path / "part")
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with catching_interrupts() as caught:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not caught
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
