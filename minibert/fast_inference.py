@@ -68,8 +68,8 @@ def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> FastModel |
 class _Kept:
     """A fast copy and what it was made from; an attribute of its model, but not copied or pickled with it.
 
-    `memory` keeps the parameters' memory alive: its addresses are compared, and what is freed could become
-    another parameter's.
+    `samples` are views, and so keep the memory alive that the Linears were packed from: its addresses are
+    compared, and what is freed could become another parameter's.
     """
 
     def __init__(self, model: BertModel, dtype: torch.dtype | None) -> None:
@@ -78,7 +78,6 @@ class _Kept:
         self.namespaces += [names for module in modules for names in (module._parameters, module._modules)]
         self.hooks = [each for module in modules for each in (module._forward_hooks, module._forward_pre_hooks)]
         self.parts, self.numbers = self._parts(model), self._numbers(dtype)
-        self.memory = [parameter.detach() for parameter in self.parameters]
         self.copy, self.samples = None, []
         if is_untouched(model):
             linears = [part for part in model.layers.modules() if isinstance(part, nn.Linear)]
