@@ -28,7 +28,8 @@ from minibert.packing import PackedBatch, Packing
 # Per batch, at most: tokens, and numbers (tokens * H), which on a CPU fit its caches. See docs/performance.md.
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 65536}
 NUMBER_BUDGET = {"cpu": 2048 * 768, "cuda": 32768 * 768}
-SAMPLE = 16  # numbers, a line of the cache, of each Linear's matrix and bias: have they changed?
+SAMPLE = 16  # so many numbers, a line of the cache, of each Linear's matrix and bias are compared
+_LOCK = threading.Lock()  # threads may encode at the same time
 
 
 class FastModel:
@@ -89,9 +90,12 @@ class _Kept:
     def is_of(self, model: BertModel, dtype: torch.dtype | None) -> bool:
         """Whether it was made of these very parts, and of these numbers."""
         parts = self._parts(model)
-        alike = len(parts) == len(self.parts) and all(map(is_, parts, self.parts))
-        alike = alike and self._numbers(dtype) == self.numbers
-        return alike and (not self.samples or torch.equal(torch.cat(self.samples), self.sampled))
+        return (
+            len(parts) == len(self.parts)
+            and all(map(is_, parts, self.parts))
+            and self._numbers(dtype) == self.numbers
+            and (not self.samples or torch.equal(torch.cat(self.samples), self.sampled))
+        )
 
     def _parts(self, model: BertModel) -> list[object]:
         """All parts, settings, functions and parameters."""
@@ -107,9 +111,6 @@ class _Kept:
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
-
-
-_LOCK = threading.Lock()  # threads may encode at the same time
 
 
 def _note_fused_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
