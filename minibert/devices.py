@@ -18,11 +18,11 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if not re.fullmatch(r"cpu|cuda:\d+", name):
+        raise ValueError(f"--device {name}: it must be auto, cpu, cuda or cuda:N")
     try:
-        if not re.fullmatch(r"cpu|cuda:\d+", name):
-            raise RuntimeError("it must be auto, cpu, cuda or cuda:N")
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such kind of device, or none of it here
+    except (RuntimeError, AssertionError) as error:  # no GPU here, or none of this number
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
