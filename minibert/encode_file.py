@@ -165,9 +165,8 @@ def merge(output: Path) -> int:
     cut = 0
     for shard in wanted:
         start, stop = shard.rows(lines)
-        cut += _matching_record(shards[shard], task | {"start": start, "stop": stop, "done": stop - start})[
-            "cut"
-        ]
+        part_of_task = task | {"start": start, "stop": stop, "done": stop - start}
+        cut += _matching_record(shards[shard], part_of_task)["cut"]
     part = Path(f"{output}.merging")
     with locked(part):
         _create(part, lines, width)
