@@ -16,6 +16,7 @@ from weights.safetensors_files import SINGLE, read_tensors, write_directory
 
 HEADS = "heads.json"  # which a MultiTaskModel writes beside its encoder
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that a model may be in
+LISTED = 12  # so many problems of a kind are named in an error
 
 
 @dataclass(frozen=True)
@@ -167,10 +168,10 @@ def _shape(shape: torch.Size | None) -> str:
     return "nowhere" if shape is None else str(tuple(shape))
 
 
-def _listed(lines: Iterable[str], most: int = 12) -> str:
+def _listed(lines: Iterable[str]) -> str:
     collapsed = collapse_layers(lines)
-    more = [f"and {len(collapsed) - most} more"] if len(collapsed) > most else []
-    return ", ".join(collapsed[:most] + more)
+    more = [f"and {len(collapsed) - LISTED} more"] if len(collapsed) > LISTED else []
+    return ", ".join(collapsed[:LISTED] + more)
 
 
 def collapse_layers(lines: Iterable[str]) -> list[str]:
@@ -204,8 +205,8 @@ def _ranges(numbers: Iterable[int]) -> str:
     """0, 1, 2, 5 -> "0-2,5"."""
     spans: list[list[int]] = []
     for number in numbers:
-        if spans and number == spans[-1][-1] + 1:
-            spans[-1] = [spans[-1][0], number]
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
         else:
             spans.append([number, number])
     return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in spans)
