@@ -33,7 +33,7 @@ from heads.processes import FirstFailedError, Processes, catching_interrupts
 from heads.report import Bar, print_epoch, print_results, print_sets, write_report
 from heads.run_directory import RunDirectory
 from heads.sets import read_sets
-from heads.tables import SPLITS, DataError, Example
+from heads.tables import DataError, Example
 from heads.training_state import Progress, collect, restore
 from minibert import BertModel, Tokenizer
 from minibert.fast_dropout import use_fast_dropout
@@ -181,7 +181,7 @@ def train(
                 *sums, signals = processes.totals(  # of all processes, in one exchange
                     [*(loss.item() for loss in losses.values()), *hits, float(len(caught))]
                 )
-                means = {task: total / processes.count for task, total in zip(losses, sums, strict=False)}
+                means = {task: value / processes.count for task, value in zip(losses, sums, strict=False)}
                 hits = sums[len(losses) :]
                 for task, value in means.items():
                     check_finite(f"loss of {task}", value, record)
@@ -450,10 +450,11 @@ def finish(
     """Evaluates the best checkpoint, prints and writes what came out; `epoch` is the last one trained."""
     results = {}
     majorities: dict[str, dict[str, float | None]] = {}
-    for name in (name for name in SPLITS[1:] if name in sets):
-        sets[name].forget_features()
-        results[name] = evaluate(model, sets[name], processes)
-        majorities[name] = majority_accuracies(sets, name)
+    for name, dataset in sets.items():
+        if name != "train":
+            dataset.forget_features()
+            results[name] = evaluate(model, dataset, processes)
+            majorities[name] = majority_accuracies(sets, name)
     if run is not None:
         plan = "evaluated only" if options.eval_only else summary(options.plan(), model, epoch)
         write_report(run, results, labels=model.labels, majorities=majorities, plan=plan)
