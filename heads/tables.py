@@ -116,14 +116,13 @@ def _table_rows(
     path: Path, lines: Iterator[str], needed: Sequence[str]
 ) -> Iterator[tuple[int, dict[str, str]]]:
     if path.suffix.lower() == ".tsv":
-        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
+        separator, reader = "tabs", csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
     else:
-        reader = csv.reader(lines, strict=True)
+        separator, reader = "commas", csv.reader(lines, strict=True)
     try:
         names = [name.strip() for name in next(reader, [])]
         if repeated := [name for name in names if name and names.count(name) > 1]:
             raise DataError(f"{path}, line 1: two columns are named {repeated[0]!r}")
-        separator = "tabs" if path.suffix.lower() == ".tsv" else "commas"
         if len(names) == 1 and names[0] not in needed and (other := re.search("[;\t,|]", names[0])):
             found = f"{path}, line 1: columns are separated by {other[0]!r}"
             raise DataError(f"{found}, in a {path.suffix} it must be by {separator}")
