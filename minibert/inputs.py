@@ -65,7 +65,7 @@ def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
 
 
 def _check_range(name: str, ids: Array, size: int, size_name: str) -> None:
-    _check_none(name, ids, (ids < 0) | (ids >= size), f"from 0 to {size - 1} ({size_name} {size})")
+    _refuse_any(name, ids, (ids < 0) | (ids >= size), f"from 0 to {size - 1} ({size_name} {size})")
 
 
 def check_mask(mask: Tensor, shape: torch.Size) -> None:
@@ -73,7 +73,7 @@ def check_mask(mask: Tensor, shape: torch.Size) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask is {type(mask).__name__}, it must be a tensor")
     _check_shape("attention_mask", mask, shape)
-    _check_none("attention_mask", mask, (mask != 0) & (mask != 1), "1 for a token and 0 for padding")
+    _refuse_any("attention_mask", mask, (mask != 0) & (mask != 1), "1 for a token and 0 for padding")
 
 
 def check_pair(part: str, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
@@ -95,7 +95,8 @@ def holds(condition: object) -> bool:
         return False
 
 
-def _check_none(name: str, tensor: Array, wrong: Array, expected: str) -> None:
+def _refuse_any(name: str, tensor: Array, wrong: Array, expected: str) -> None:
+    """Raises ValueError about the first number that is `wrong`, if any is."""
     if holds(wrong.any()):
         where = tuple(torch.as_tensor(wrong).nonzero()[0].tolist())
         raise ValueError(f"{name}{list(where)} is {tensor[where].item()}, it must be {expected}")
