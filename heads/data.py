@@ -45,7 +45,7 @@ def _warn_of_odd_labels(task: str, labels: set[str]) -> None:
         warnings.warn(f"{missing[0]!r} is a label of {task}: if it means none, empty the cells", stacklevel=1)
     spelt: dict[str, str] = {}
     for label in sorted(labels):
-        other = spelt.setdefault(without_spelling(label).removesuffix(".0"), label)
+        other = spelt.setdefault(normalized(label).removesuffix(".0"), label)
         if other != label:
             warnings.warn(
                 f"{other!r} and {label!r} are two labels of {task}: write them in one way if they are one",
@@ -54,8 +54,8 @@ def _warn_of_odd_labels(task: str, labels: set[str]) -> None:
             return
 
 
-def without_spelling(text: str) -> str:
-    """The same for texts that differ in capitals and spaces only."""
+def normalized(text: str) -> str:
+    """In small letters with single spaces: equal for texts that differ in nothing else."""
     return " ".join(text.lower().split())
 
 
@@ -72,7 +72,7 @@ def stratified_split(examples: Sequence[Example], fraction: float) -> tuple[list
     """
     together: dict[str, list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
-        together[without_spelling(example.text)].append(index)
+        together[normalized(example.text)].append(index)
     strata: dict[tuple[object, ...], list[list[int]]] = defaultdict(list)
     for group in together.values():
         kinds = (part for i in group for part in (examples[i].source, *sorted(examples[i].labels.items())))

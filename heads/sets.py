@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from heads.data import dummy_examples, stratified_split, without_spelling
+from heads.data import dummy_examples, normalized, stratified_split
 from heads.options import Options
 from heads.tables import DEMO, SPLITS, DataError, Example, read_examples
 from weights.checkpoint import HEADS
@@ -47,9 +47,9 @@ def read_sets(options: Options) -> tuple[dict[str, list[Example]], list[str]]:
 
 def _warn_of_seen(sets: dict[str, list[Example]]) -> None:
     """Warns where validation or test has texts that are trained on."""
-    trained = {without_spelling(example.text) for example in sets["train"]}
+    trained = {normalized(example.text) for example in sets["train"]}
     for name in ("validation", "test"):
-        if seen := [example for example in sets[name] if without_spelling(example.text) in trained]:
+        if seen := [example for example in sets[name] if normalized(example.text) in trained]:
             warnings.warn(
                 f"{len(seen)} of {len(sets[name])} {name} sentences are among those for training, too (the "
                 f"first: {seen[0].where}): what comes out on them says little of new ones",
