@@ -60,27 +60,27 @@ def read_tokenizer(directory: Path, settings: Mapping[str, Any]) -> tuple[tokeni
         CheckpointError: no such files, damaged ones, or another kind of tokenizer.
     """
     kind = settings.get("tokenizer_class") or read_json(directory / "config.json").get("tokenizer_class")
-    is_berts = kind in BERT_CLASSES
+    is_bert = kind in BERT_CLASSES
     path = next((directory / name for name in TOKENIZER_FILES if (directory / name).is_file()), None)
     if path is None:
         raise CheckpointError(f"{directory} has no tokenizer: neither tokenizer.json nor vocab.txt")
     if path.name == "tokenizer.json":
         backend = _from_tokenizer_json(path, settings)
-        is_berts = is_berts and type(backend.model).__name__ == WORDPIECE["type"]
-    elif is_berts:
+        is_bert = is_bert and type(backend.model).__name__ == WORDPIECE["type"]
+    elif is_bert:
         backend = _from_vocabulary(path)
     else:
         raise CheckpointError(f"{directory} wants a {kind}, which is not supported without tokenizer.json")
     published = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    if is_berts:
+    if is_bert:
         if "added_tokens_decoder" in settings:  # which counts for more
             published = {}
-        _make_berts(backend, path, settings)
+        _make_bert(backend, path, settings)
         backend.add_tokens(list(published.values()))
     special_tokens = _add_tokens(backend, directory, settings, published.keys())
     backend.encode_special_tokens = settings.get("split_special_tokens", False)
     for name in ("cls_token", "sep_token", "unk_token"):
-        if is_berts and special_tokens.get(name, SPECIAL_TOKENS[name]) != SPECIAL_TOKENS[name]:
+        if is_bert and special_tokens.get(name, SPECIAL_TOKENS[name]) != SPECIAL_TOKENS[name]:
             raise CheckpointError(
                 f"{directory}: {name} is {special_tokens[name]!r}, of a BertTokenizer it must be BERT's own"
             )
@@ -114,7 +114,7 @@ def _from_vocabulary(path: Path) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer(models.WordPiece(vocabulary))
 
 
-def _make_berts(backend: tokenizers.Tokenizer, path: Path, settings: Mapping[str, Any]) -> None:
+def _make_bert(backend: tokenizers.Tokenizer, path: Path, settings: Mapping[str, Any]) -> None:
     """A BertTokenizer, of which only the vocabulary is given."""
     from tokenizers import decoders, normalizers, pre_tokenizers
 
@@ -211,7 +211,7 @@ def tokenizer_files(
     normalizer = parts["normalizer"] or {}
     added = {token["content"]: token["id"] for token in parts["added_tokens"]}
     # What transformers makes of the vocabulary and the three settings, when it reads "BertTokenizer":
-    is_berts = (
+    is_bert = (
         normalizer.get("type") == "BertNormalizer"
         and normalizer["clean_text"]
         and parts["pre_tokenizer"] == {"type": "BertPreTokenizer"}
@@ -220,7 +220,7 @@ def tokenizer_files(
         and parts["post_processor"] == json.loads(_template(added).__getstate__())
     )
     settings = {
-        "tokenizer_class": "BertTokenizer" if is_berts else "PreTrainedTokenizerFast",
+        "tokenizer_class": "BertTokenizer" if is_bert else "PreTrainedTokenizerFast",
         "do_lower_case": normalizer.get("lowercase", True),
         "strip_accents": normalizer.get("strip_accents"),
         "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
