@@ -59,7 +59,7 @@ class BertConfig:
             if field.type is int and (type(value) is not int or value < least):
                 problems.append(f"{field.name} is {value!r}, it must be an integer from {least} up")
             if field.type is float and (type(value) not in (int, float) or not 0 <= value < 1):
-                problems.append(f"{field.name} is {value!r}, it must be a number from 0 up to 1")
+                problems.append(f"{field.name} is {value!r}, it must be a number from 0 to below 1")
         if self.pad_token_id is not None and type(self.pad_token_id) is not int:
             problems.append(f"pad_token_id is {self.pad_token_id!r}, it must be an integer or null")
         if self.hidden_act not in HIDDEN_ACTS:

@@ -90,7 +90,7 @@ class FreezePlan:
         known = GROUP if self._is_only() else STRATEGY
         for term in terms:
             if not known.fullmatch(term):
-                options = f"only: takes {GROUPS}" if self._is_only() else f"there are {STRATEGIES}"
+                options = f"only: takes {GROUPS}" if self._is_only() else f"give one of {STRATEGIES}"
                 raise ValueError(f"no freezing strategy {term!r} (in {self.spec!r}): {options}")
         if len(terms) > 1 and not self._is_only() and (alone := {"none", "all"} & set(terms)):
             raise ValueError(f"{alone.pop()!r} stands alone, it cannot be combined as in {self.spec!r}")

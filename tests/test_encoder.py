@@ -308,7 +308,7 @@ def test_model_without_token_types_refuses_them() -> None:
         ({"num_attention_heads": 0}, "num_attention_heads is 0, it must be an integer from 1 up"),
         ({"vocab_size": "many"}, "vocab_size is 'many', it must be an integer from 1 up"),
         ({"vocab_size": True}, "vocab_size is True"),
-        ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob is 1.5, it must be a number from 0 up to 1"),
+        ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob is 1.5, it must be a number from 0 to below 1"),
         ({"pad_token_id": 0.0}, "pad_token_id is 0.0, it must be an integer or null"),
         ({"pad_token_id": True}, "pad_token_id is True"),
         ({"pad_token_id": 30522}, "pad_token_id 30522 is not in the vocabulary"),

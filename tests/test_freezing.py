@@ -347,7 +347,7 @@ def test_summary(model: MultiTaskModel) -> None:
     ("spec", "message"),
     [
         ("", "no freezing strategy ''"),
-        ("backbones", "no freezing strategy 'backbones' (in 'backbones'): there are none, all, backbone"),
+        ("backbones", "no freezing strategy 'backbones' (in 'backbones'): give one of none, all, backbone"),
         ("layers:-1", "no freezing strategy 'layers:-1'"),
         ("layers", "no freezing strategy 'layers'"),
         ("layers:x", "no freezing strategy 'layers:x'"),
