@@ -38,11 +38,11 @@ def varied_texts(count: int, seed: int = 0) -> list[str]:
 
 def reference(encoder: SentenceEncoder, texts: list[str]) -> Tensor:
     """`forward`, padded, 32 at a time."""
-    ids = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     embeddings = torch.empty(len(texts), encoder.model.config.hidden_size)
     with torch.no_grad():
-        for start in range(0, len(ids), 32):
-            rows = ids[start : start + 32]
+        for start in range(0, len(order), 32):
+            rows = order[start : start + 32]
             embeddings[rows] = encoder(**encoder.tokenizer([texts[i] for i in rows]))
     return embeddings
 

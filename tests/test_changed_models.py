@@ -224,7 +224,7 @@ def two_layers(minilm: Path) -> SentenceEncoder:
 
 
 @pytest.mark.parametrize("change", changes(), ids=lambda change: change.__name__)
-def test_changed_weights_are_seen(
+def test_a_change_is_seen(
     minilm: Path, change: Callable[[BertModel], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(ATTENTION_FUNCTIONS, "uniform", uniform_attention)

@@ -163,16 +163,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
 
 @pytest.mark.slow
 def test_a_progress_bar_on_a_terminal_only(small: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        "--model",
-        str(small),
-        "--data",
-        "dummy",
-        "--epochs",
-        "1",
-    ]
+    command = [sys.executable, str(ROOT / "train.py"), *f"--model {small} --data dummy --epochs 1".split()]
     piped = subprocess.run([*command, "--output", str(tmp_path / "a")], capture_output=True, check=True)
     assert piped.stderr == b""
     assert b"tokens/s" in piped.stdout
