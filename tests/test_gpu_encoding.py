@@ -1,6 +1,6 @@
-"""What `encode` does on a GPU, as far as a CPU can tell, and on one."""
+"""What `encode` does on a GPU: as far as a CPU can tell and, in the last test, on one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -42,16 +42,19 @@ def batches(config: BertConfig) -> Iterator[PackedBatch]:
         yield PackedBatch.from_rows(rows, config, CPU)
 
 
+@torch.no_grad()
+def assert_same_model(fast: FastModel, run_packed: Callable[..., Tensor]) -> None:
+    """`run_packed` gives what `run` does, for all batches; the filling may differ."""
+    for batch in batches(fast.config):
+        packing = batch.packing
+        ours = run_packed(fast, batch.input_ids, batch.position_ids, packing.starts, packing.longest)
+        texts = slice(packing.starts[-1])
+        torch.testing.assert_close(ours[texts], run(fast, batch)[texts], atol=2e-5, rtol=0)
+
+
 def test_varlen_attention_is_the_same_model(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_mask)
-    fast = FastModel(BertModel.from_pretrained(minilm))
-    for batch in batches(fast.config):
-        with torch.no_grad():
-            ours = run_varlen(
-                fast, batch.input_ids, batch.position_ids, batch.packing.starts, batch.packing.longest
-            )
-            texts = slice(batch.packing.starts[-1])  # not the filling
-            torch.testing.assert_close(ours[texts], run(fast, batch)[texts], atol=2e-5, rtol=0)
+    assert_same_model(FastModel(BertModel.from_pretrained(minilm)), run_varlen)
 
 
 @pytest.mark.slow
@@ -62,14 +65,7 @@ def test_two_graphs_serve_every_batch(minilm: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(onednn, "packs_weights", lambda weight: False)  # as on a GPU
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(run_varlen, fullgraph=True, dynamic=True, backend=counter)
-    fast = FastModel(BertModel.from_pretrained(minilm), layers=2)
-    for batch in batches(fast.config):
-        with torch.no_grad():
-            ours = compiled(
-                fast, batch.input_ids, batch.position_ids, batch.packing.starts, batch.packing.longest
-            )
-            texts = slice(batch.packing.starts[-1])  # not the filling
-            torch.testing.assert_close(ours[texts], run(fast, batch)[texts], atol=2e-5, rtol=0)
+    assert_same_model(FastModel(BertModel.from_pretrained(minilm), layers=2), compiled)
     assert counter.frame_count <= 2  # one text, and several
     for graph in counter.graphs:
         given = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
