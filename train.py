@@ -420,7 +420,7 @@ def open_run(options: Options, model: MultiTaskModel, processes: Processes, held
                 f"{path} holds a {taken[0]} already: give another --output, or go on with that run by --resume"
             )
         size = sum(p.numel() * p.element_size() for p in model.parameters())
-        # best, last, a new last beside it, and twice the optimizer's two numbers per parameter
+        # best, last, a new last beside it, and twice the optimizer's two numbers per parameter; 1 to spare
         run.begin(options.resolved(), 0 if options.eval_only else 8 * size)
         return path
 

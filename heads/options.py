@@ -15,6 +15,7 @@ FREE_ON_RESUME = {"output", "resume", "save_every", "device"}
 
 
 def option(default: Any, text: str, metavar: str | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """A field of `Options`, with what --help says of it."""
     return field(default=default, metadata={"help": text, "metavar": metavar, "choices": choices or None})
 
 
@@ -203,7 +204,8 @@ def collected(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_options(argv: list[str] | None) -> Options:
-    """The command line over --config; when resuming, the run's own, which these may only repeat.
+    """The command line over --config; when resuming, the run's own, which these may only repeat (but for
+    `FREE_ON_RESUME`).
 
     Raises:
         ValueError: an option that does not exist or cannot be; options other than those of the run.

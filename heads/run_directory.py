@@ -1,7 +1,7 @@
 """The directory of a training run.
 
 config.json      the resolved options
-metrics.jsonl    a line per step and per evaluation
+metrics.jsonl    a line per step and per epoch
 last/            the model and all that is needed to go on
 best/            the model that did best on the validation set
 report.json, report.md, *.png
@@ -63,7 +63,7 @@ class RunDirectory:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def begin(self, config: dict[str, Any], bytes_needed: int) -> None:
-        """Writes config.json into the directory; fails now if it could only fail later.
+        """Writes config.json and an empty metrics.jsonl; refuses a disk without room for the checkpoints.
 
         First config.json, since a run that has it can be gone on with.
         """
