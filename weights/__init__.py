@@ -1,8 +1,9 @@
 """weights: checkpoint files <-> named tensors. Knows no `nn.Module`.
 
-resolve(name_or_path)          name or path -> a local directory       hub.py
-load_checkpoint(name_or_path)  directory -> config, tensors            checkpoint.py
-save_checkpoint(...)           config, tensors -> directory
+name or path -> a local directory    hub.py  catalog.py (what is pinned)
+directory <-> config, tensors        checkpoint.py  key_maps.py (published names <-> ours)
+their files                          safetensors_files.py  json_files.py  locks.py
+pytorch_model.bin -> safetensors     convert.py
 """
 
 from weights.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
