@@ -197,12 +197,13 @@ def _check_output(output: Path) -> None:
 
 def _text_file(given: list[str]) -> Path | None:
     """The file that was given instead of sentences."""
-    # A file's name is not a sentence: reading it, or saying that it is not there, is what was meant.
-    is_file = os.path.exists if len(given) == 1 else os.path.isfile  # False, not an error, for a long sentence
-    files = [name for name in given if is_file(name) or _looks_like_a_file(name)]
+    # A file's name is not a sentence: reading it, or saying that it is not there, is what was meant. One alone
+    # may also be a pipe. (os.path's functions answer False for a long sentence, where Path's raise.)
+    is_there = os.path.exists if len(given) == 1 else os.path.isfile
+    files = [name for name in given if is_there(name) or _looks_like_a_file(name)]
     if files and len(given) > 1:
         raise ValueError(f"{files[0]} is a file among sentences: give one file alone, or pipe text in")
-    if files and files[0].endswith(TABLES) and is_file(files[0]):
+    if files and files[0].endswith(TABLES) and is_there(files[0]):
         warnings.warn(
             f"each line of {files[0]} is taken for a sentence, with names, separators and labels", stacklevel=1
         )
@@ -226,7 +227,7 @@ def _sentences(given: list[str], file: Path | None) -> Iterable[str]:
 
 
 def _print_embeddings(sentences: list[str], embeddings: NDArray[np.float32]) -> None:
-    """The first of them: `sentences` are those to show."""
+    """The numbers and cosines of the first embeddings, whose sentences are given."""
     print(f"embeddings: {embeddings.shape[0]} x {embeddings.shape[1]} {embeddings.dtype}")
     shown = range(len(sentences))
     for i in shown:
