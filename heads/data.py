@@ -60,7 +60,9 @@ def normalized(text: str) -> str:
 
 
 def stratified_split(examples: Sequence[Example], fraction: float) -> tuple[list[Example], list[Example]]:
-    """(rest, held out): `fraction` of each combination of labels and file, as nearly as can be, one at least.
+    """(rest, held out): `fraction` of each combination of labels and file, as nearly as can be.
+
+    At least one text is held out in all, not one of each combination.
 
     Keeps the order, and something of every label in the rest. A text that comes several times, as with a
     file or a row for each task, is held out everywhere or nowhere, with other spaces and capitals, too.
@@ -167,7 +169,10 @@ class SentenceDataset:
         return bool((self.labels[task] != MISSING).any())
 
     def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """A batch: `attention_mask` (B, T), `labels.TASK` (B,), and `input_ids` (B, T) or `features`."""
+        """A batch: `attention_mask` (B, T), `labels.TASK` (B,), and `input_ids` (B, T) or `features`.
+
+        `features` are (B, T, H), or (B, H) where all layers are frozen.
+        """
         rows = [self.ids[i] for i in indices]
         batch = {f"labels.{task}": labels[list(indices)] for task, labels in self.labels.items()}
         batch["attention_mask"] = pad([[1] * len(row) for row in rows], 0)

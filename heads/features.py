@@ -1,7 +1,7 @@
 """What the frozen lower part of a model gives for each sentence: computed once, used in every epoch.
 
-`depth` counts the frozen layers on top of frozen embeddings. Below all layers the features of a sentence
-are their hidden states (T, H); with all layers frozen, its embedding (H,).
+`depth` counts the frozen layers on top of frozen embeddings. The features of a sentence are the last frozen
+layer's hidden states (T, H) or, if all layers are frozen, its embedding (H,).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

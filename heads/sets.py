@@ -12,7 +12,11 @@ from weights.checkpoint import HEADS
 
 
 def read_sets(options: Options) -> tuple[dict[str, list[Example]], list[str]]:
-    """The examples of train, validation and test, and the names of the tasks."""
+    """The examples of train, validation and test, and the names of the tasks.
+
+    Raises:
+        DataError: a file that cannot be used, a set given twice, too few examples to hold some out.
+    """
     tasks = options.pairs("task")
     if options.train or options.validation or options.test:
         sets = {name: read_files(options, name, tasks) for name in SPLITS}

@@ -174,7 +174,7 @@ def mkl_attention(
 def fuses_bfloat16(states: Tensor) -> bool:
     """Whether PyTorch's fused attention is fast in bfloat16 itself: on CPUs with AMX.
 
-    (With more threads the number of texts would change its bits.)
+    (With more than `FEW_THREADS` threads the number of texts would change its bits.)
     """
     few_threads = torch.get_num_threads() <= FEW_THREADS
     return HAS_AMX and states.dtype == torch.bfloat16 and states.is_cpu and few_threads

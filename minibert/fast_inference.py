@@ -152,7 +152,7 @@ def token_budget(config: BertConfig, device: torch.device) -> int:
 def in_batches(
     order: list[int], ids: Sequence[Sequence[int]], batch_size: int | None, budget: int
 ) -> Iterator[list[int]]:
-    """`order` in pieces of `batch_size` texts or, if that is None, of at most `budget` tokens or one text."""
+    """`order` in pieces of `batch_size` texts or, if None, of at most `budget` tokens (or one longer text)."""
     batch: list[int] = []
     tokens = 0
     for i in order:

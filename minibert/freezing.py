@@ -138,8 +138,8 @@ class FreezePlan:
     def optimizer_groups(self, model: Headed, epoch: int = 0) -> list[dict[str, Any]]:
         """Parameter groups for a torch optimizer: what is trained, and nothing else.
 
-        Two for each learning rate (`plan_lr`, whatever a scheduler makes of `lr`), of matrices with weight
-        decay and of vectors without. Few groups, since on a GPU an optimizer starts its kernels for each.
+        Two for each learning rate: matrices with weight decay, vectors without. `plan_lr` is that rate, too,
+        and stays when a scheduler changes `lr`. Few groups, since on a GPU each starts kernels of its own.
         """
         groups, rates = named_groups(model), self._learning_rates(model)
         together: dict[tuple[float, float], dict[nn.Parameter, None]] = {}  # once, if two heads are one module

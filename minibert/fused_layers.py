@@ -85,7 +85,7 @@ class FusedAttention:
 class FusedFeedForward:
     """`FeedForward` with its activation in the first product, where oneDNN has it.
 
-    With `part` only with these of its inner numbers, which `up` puts out and `down` takes in.
+    `part` says which inner numbers, those between `up` and `down`, it computes with; all if not given.
     """
 
     __call__ = FeedForward.forward

@@ -77,7 +77,7 @@ def check_mask(mask: Tensor, shape: torch.Size) -> None:
 
 
 def check_pair(part: str, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """What a layer or an attention gave. Raises TypeError of a tensor, which would be taken apart by texts."""
+    """What a layer or an attention gave. Raises TypeError for one tensor, whose texts would be unpacked."""
     if isinstance(output, Tensor):
         raise TypeError(
             f"{part} gave a tensor, it must give a pair: its states, and the attention weights or None"

@@ -60,7 +60,7 @@ class BertModel(nn.Module):
 
     @property
     def attention(self) -> str:
-        """How attention is computed. Raises ValueError when set to what there is not."""
+        """How attention is computed. Setting it raises ValueError for an unknown name."""
         return self._attention
 
     @attention.setter

@@ -55,10 +55,10 @@ _before = "none"
 def onednn_products() -> Iterator[None]:
     """While active, torch multiplies float32 matrices through oneDNN, if that is exact here.
 
-    torch does so only where it may round them to bfloat16 on the way (fp32_precision "bf16"). oneDNN
-    makes use of that on CPUs with AMX; on others with AVX-512 its products are those of float32, at up
-    to twice the rate of MKL. Elsewhere nothing changes. The setting is the whole process's: meanwhile
-    another thread's products may differ in the last bit, and those in here while another is in
+    torch does so only if it is allowed to round them to bfloat16 on the way (fp32_precision "bf16"). oneDNN
+    does round on CPUs with AMX; on others with AVX-512 its products are those of float32, at up to twice the
+    rate of MKL. Elsewhere nothing changes. The setting is the whole process's: meanwhile another thread's
+    products may differ in the last bit, and so may those in here while another thread is in
     `products_through`.
     """
     global _users, _before

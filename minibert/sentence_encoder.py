@@ -73,7 +73,7 @@ class SentenceEncoder(nn.Module):
 
     @property
     def pooling(self) -> str:
-        """What a sentence's vector is made of. Raises ValueError when set to what there is not."""
+        """What a sentence's vector is made of. Setting it raises ValueError for an unknown name."""
         return self._pooling
 
     @pooling.setter

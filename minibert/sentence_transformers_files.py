@@ -85,7 +85,7 @@ def _read_pooling(path: Path) -> str:
 
 
 def module_files(pooling: str, normalize: bool, *, hidden_size: int, max_seq_length: int) -> dict[str, bytes]:
-    """The inverse of `read_modules`: file name -> contents. Raises ValueError of a pooling it cannot name."""
+    """The inverse of `read_modules`: file name -> contents. Raises ValueError for another pooling."""
     if pooling not in ("mean", "cls"):
         raise ValueError(f"pooling by {pooling!r} cannot be saved, only by mean or cls")
     modules = [("Transformer", ""), ("Pooling", "1_Pooling")] + [("Normalize", "2_Normalize")] * normalize

@@ -122,7 +122,7 @@ def _can_be_used(snapshot: Path, weights: str, whole: bool) -> bool:
 
 
 def fetch_pooling(directory: Path) -> bool:
-    """Completes a cached snapshot that transformers fetched by the files that say how to pool.
+    """Adds the files that say how to pool to a cached snapshot that transformers fetched without them.
 
     Asks the hub once: the cache notes what it does not have. Of other directories nothing is asked.
 
