@@ -145,8 +145,11 @@ def train(
 
         processes.from_first(write)
 
+    def interrupted() -> bool:
+        return any(processes.totals([float(len(caught))]))  # in any process
+
     def stop_if_interrupted() -> None:
-        if any(processes.totals([float(len(caught))])):  # in any process
+        if interrupted():
             save()
             raise KeyboardInterrupt(run.path)
 
@@ -218,7 +221,7 @@ def train(
                 print_epoch(title, record, majority_accuracies(sets, "validation"))
             if stop:
                 break
-            if any(processes.totals([float(len(caught))])):
+            if interrupted():
                 raise KeyboardInterrupt(run.path)
 
 

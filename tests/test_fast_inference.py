@@ -302,6 +302,13 @@ def test_short_and_long_texts_in_two_threads(minilm: Path) -> None:
             np.testing.assert_array_equal(embeddings, expected[i % 2])
 
 
+def test_the_default_device_does_not_matter(minilm: Path) -> None:
+    encoder = SentenceEncoder.from_pretrained(minilm)
+    expected = encoder.encode(["a sentence", "and another"])
+    with torch.device("meta"):
+        np.testing.assert_array_equal(encoder.encode(["a sentence", "and another"]), expected)
+
+
 # ---------------------------------------------------------------------------------------- the pieces
 
 

@@ -114,13 +114,6 @@ def test_few_numbers_of_tokens_reach_a_gpu() -> None:
     assert Packing.of([7], cuda).filling == 0
 
 
-def test_the_default_device_does_not_matter(minilm: Path) -> None:
-    encoder = SentenceEncoder.from_pretrained(minilm)
-    expected = encoder.encode(["a sentence", "and another"])
-    with torch.device("meta"):
-        np.testing.assert_array_equal(encoder.encode(["a sentence", "and another"]), expected)
-
-
 @pytest.mark.parametrize(("hidden_size", "budget"), [(32, 65536), (384, 65536), (768, 32768), (1024, 24576)])
 def test_a_gpu_gets_larger_batches(hidden_size: int, budget: int) -> None:
     assert (
