@@ -49,6 +49,15 @@ def gpu_or_not(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def plots_or_none(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Only runs of tests marked `plots` draw: it takes half a second, more than most of them train."""
+    with pytest.MonkeyPatch.context() as patched:
+        if request.node.get_closest_marker("plots") is None:
+            patched.setattr("heads.report.draw", lambda *_: [])
+        yield
+
+
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     return resolve(MINILM)

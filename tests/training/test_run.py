@@ -46,6 +46,7 @@ def test_the_demo_is_learned_from_real_weights(
             assert prediction["type"]["label"] == kind
 
 
+@pytest.mark.plots
 def test_what_a_run_leaves(main: Main, tmp_path: Path) -> None:
     run = main("run", "--freeze layers:1 --loss-weight sentiment=0.5 --schedule cosine --seed 7")
     assert sorted(p.name for p in run.iterdir() if p.suffix != ".png") == [
@@ -84,6 +85,7 @@ def test_what_a_run_leaves(main: Main, tmp_path: Path) -> None:
     assert_same_run(run, again)
 
 
+@pytest.mark.plots
 def test_the_plots(main: Main) -> None:
     pytest.importorskip("matplotlib")
     run = main("run", "--freeze gradual --epochs 2")
@@ -114,6 +116,7 @@ def test_a_library_that_cannot_draw_costs_no_results(
     assert (run / "report.md").read_text().startswith("# Training report")
 
 
+@pytest.mark.plots
 def test_odd_label_names(small: Path, tmp_path: Path) -> None:
     labels = ["<$10", "$10_$20", "a|b", "\u4e2d\u6587", "x^2_"]
     rows = [(f"sentence {i}", labels[i % 5]) for i in range(30)]
@@ -126,6 +129,7 @@ def test_odd_label_names(small: Path, tmp_path: Path) -> None:
     assert predictions[0]["price"]["label"] in labels
 
 
+@pytest.mark.plots
 def test_columns_files_and_missing_labels(small: Path, tmp_path: Path) -> None:
     """One file with two label columns, an empty cell in each; explicit validation and test files."""
     rows = [(f"sentence {i}", "ab"[i % 2], "xyz"[i % 3]) for i in range(30)]
@@ -158,6 +162,7 @@ def test_a_file_for_each_task(small: Path, tmp_path: Path, mixing: str) -> None:
     assert held == {"kind": 6, "mood": 2}
 
 
+@pytest.mark.plots
 @pytest.mark.filterwarnings("default:no validation sentence")
 def test_a_task_without_validation_labels(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -196,6 +201,7 @@ def test_a_new_head_that_is_frozen(main: Main, tmp_path: Path, capsys: pytest.Ca
         assert train.main(f"--output {tmp_path / 'n'} --resume".split()) == 0
 
 
+@pytest.mark.plots
 def test_eval_only(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = main("run")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -255,6 +261,7 @@ def test_the_directory_of_a_run_is_no_model(
     )
 
 
+@pytest.mark.plots
 def test_nothing_to_train(main: Main, capsys: pytest.CaptureFixture[str], small: Path) -> None:
     run = main("run", "--freeze all")
     assert "--freeze all leaves nothing to train: this only evaluates" in capsys.readouterr().out
