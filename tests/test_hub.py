@@ -1,6 +1,6 @@
 """Names -> directories: the order of places, and the real hub path against a server on 127.0.0.1.
 
-Each case runs in a process of its own, because huggingface_hub reads its variables once at import.
+Each command runs in a process of its own, because huggingface_hub reads its variables once at import.
 """
 
 import hashlib
@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from transformers import AutoModel
 
 import weights
 from minibert.sentence_transformers_files import module_files
+from tests.forked import Forks
 from weights import ModelNotFoundError, load_checkpoint, resolve
 from weights.catalog import CATALOG, find
 
@@ -84,7 +84,7 @@ def hub() -> Iterator[Hub]:
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     state.endpoint = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))  # looks so often for the end
     thread.start()
     yield state
     server.shutdown()
@@ -98,23 +98,29 @@ class Shell:
 
     home: Path
     endpoint: str
+    forks: Forks
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         settings = {"HF_HOME": str(self.home), "HF_ENDPOINT": self.endpoint, **environment}
-        return subprocess.run(
-            [sys.executable, *command], env=inherited | settings, capture_output=True, text=True, cwd=self.home
-        )
+        return self.forks.run(command, inherited | settings, cwd=self.home)
 
     def fetch(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return self.run("-m", "minibert", "fetch", *arguments, **environment)
 
 
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    started = Forks(tmp_path_factory.mktemp("streams"))
+    yield started
+    started.close()
+
+
 @pytest.fixture
-def shell(hub: Hub, tmp_path: Path) -> Shell:
+def shell(hub: Hub, tmp_path: Path, forks: Forks) -> Shell:
     home = tmp_path / "home"
     home.mkdir()
-    return Shell(home, hub.endpoint)
+    return Shell(home, hub.endpoint, forks)
 
 
 @pytest.fixture
