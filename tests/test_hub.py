@@ -404,6 +404,9 @@ def test_a_cache_elsewhere(hub: Hub, shell: Shell, published: Path, tmp_path: Pa
     hub.repos["org/tiny"] = published
     result = shell.fetch("org/tiny", HF_HUB_CACHE=str(tmp_path / "elsewhere"))
     assert str(tmp_path / "elsewhere") in result.stdout
+    hub.asked.clear()
+    again = shell.fetch("org/tiny", HF_HUB_CACHE=str(tmp_path / "elsewhere"))
+    assert (again.stdout, hub.asked) == (result.stdout, [])  # it is looked for there, too
 
 
 @pytest.mark.parametrize("case", ["offline", "unreachable", "unknown", "no config"])
