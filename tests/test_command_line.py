@@ -8,13 +8,14 @@ import subprocess
 import sys
 import termios
 import warnings
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from tqdm import tqdm
 
 from minibert import SentenceEncoder
 from minibert.__main__ import main
@@ -118,25 +119,31 @@ def test_long_input_is_shown_in_part(capsys: pytest.CaptureFixture[str]) -> None
     assert "... and 15 more" in printed
 
 
-def test_progress_bar_on_a_terminal_only(tmp_path: Path) -> None:
-    (tmp_path / "in.txt").write_text("a sentence\n" * 800)
-    command = [sys.executable, "-m", "minibert", "encode", *MODEL, str(tmp_path / "in.txt")]
-    command += ["--batch-size", "1"]  # so it takes more than the second before the bar is shown, on any CPU
-    piped = subprocess.run(command, capture_output=True, check=True)
-    assert piped.stderr == b""
+def test_progress_bar_on_a_terminal_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.txt").write_text("a sentence\n" * 9)
+    command = ["encode", *MODEL, str(tmp_path / "in.txt"), "--batch-size", "1"]
+    delays = []
+
+    def at_once(*, delay: float, **settings: Any) -> Any:
+        delays.append(delay)
+        return tqdm(**settings)
+
+    monkeypatch.setattr("tqdm.tqdm", at_once)
+    assert main(command) == 0
+    assert capsys.readouterr().err == ""
     terminal, child_end = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 80))
-    shown = b""
-    with subprocess.Popen(command, stderr=child_end, stdout=subprocess.DEVNULL) as child:
-        os.close(child_end)
-        with suppress(OSError):  # when the child is done
-            while part := os.read(terminal, 65536):
-                shown += part
+    with monkeypatch.context() as patch, os.fdopen(child_end, "w") as stderr:
+        patch.setattr(sys, "stderr", stderr)
+        assert main(command) == 0
+    shown = os.read(terminal, 65536)
     os.close(terminal)
-    assert child.returncode == 0
     assert b"encode:" in shown
-    assert b"800/800" in shown
+    assert b"9/9" in shown
     assert b" sentences/s" in shown
+    assert delays == [1]  # second, in which most are done
 
 
 def test_closed_streams(tmp_path: Path) -> None:
