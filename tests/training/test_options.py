@@ -5,7 +5,6 @@ import os
 import pty
 import re
 import shutil
-import subprocess
 import sys
 import termios
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 import train
 from heads import MultiTaskModel
 from heads.options import Options, read_options
-from tests.training.conftest import ROOT, Main, table
+from tests.training.conftest import Main, table
 
 
 @pytest.mark.parametrize(
@@ -161,18 +160,18 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
     MultiTaskModel.from_pretrained(run / "best")
 
 
-@pytest.mark.slow
-def test_a_progress_bar_on_a_terminal_only(small: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "train.py"), *f"--model {small} --data dummy --epochs 1".split()]
-    piped = subprocess.run([*command, "--output", str(tmp_path / "a")], capture_output=True, check=True)
-    assert piped.stderr == b""
-    assert b"tokens/s" in piped.stdout
+def test_a_progress_bar_on_a_terminal_only(
+    main: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main("piped", "--epochs 1")
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "tokens/s" in captured.out
     terminal, child_end = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 100))
-    subprocess.run(
-        [*command, "--output", str(tmp_path / "b")], stderr=child_end, stdout=subprocess.DEVNULL, check=True
-    )
-    os.close(child_end)
+    with monkeypatch.context() as patch, os.fdopen(child_end, "w") as stderr:
+        patch.setattr(sys, "stderr", stderr)
+        main("shown", "--epochs 1")
     shown = os.read(terminal, 65536).decode()
     os.close(terminal)
     assert "epoch 1/1" in shown
