@@ -6,7 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,20 @@ from heads import features
 from heads.processes import catching_interrupts
 from heads.run_directory import RunDirectory
 from tests.training.conftest import ROOT, Main, a_new_head_may_be_frozen, assert_same_run, epochs, steps, table
+
+
+@pytest.fixture(scope="module")
+def whole_run(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Runs that nothing stopped, one for all tests that ask for these options."""
+
+    @cache
+    def run(options: str) -> Path:
+        output = tmp_path_factory.mktemp("whole") / "run"
+        command = f"--model {small} --data dummy --epochs 3 --batch-size 48 --output {output} {options}"
+        assert train.main(command.split()) == 0
+        return output
+
+    return run
 
 
 @a_new_head_may_be_frozen
@@ -32,9 +47,11 @@ from tests.training.conftest import ROOT, Main, a_new_head_may_be_frozen, assert
     ],
 )
 @pytest.mark.parametrize("stop", [8, pytest.param(13, marks=pytest.mark.slow)])
-def test_resuming_is_exact(main: Main, monkeypatch: pytest.MonkeyPatch, options: str, stop: int) -> None:
+def test_resuming_is_exact(
+    main: Main, whole_run: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, options: str, stop: int
+) -> None:
     """Ctrl-C in a step: it is finished and saved; resumed, every file is as if nothing had happened."""
-    whole = main("whole", options)
+    whole = whole_run(options)
     log = RunDirectory.log
 
     def interrupting(self: RunDirectory, record: dict[str, Any]) -> None:
@@ -56,11 +73,11 @@ def test_resuming_is_exact(main: Main, monkeypatch: pytest.MonkeyPatch, options:
 # Computed before the first step, and in the middle of the run:
 @pytest.mark.parametrize("depth", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_interrupt_while_features_are_computed(
-    main: Main, monkeypatch: pytest.MonkeyPatch, options: str, depth: int
+    main: Main, whole_run: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, options: str, depth: int
 ) -> None:
     """Ctrl-C is heeded after a batch of them; resumed, every file is as if nothing had happened."""
     options += " --freeze gradual:2 --epochs 4 --save-every 100"
-    whole = main("whole", options)
+    whole = whole_run(options)
     batches = 0
 
     def interrupting(*arguments: Any) -> Iterator[int]:
@@ -83,10 +100,10 @@ def test_an_interrupt_while_features_are_computed(
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["at once", "before the first save", "between saves", "while saving"])
 def test_a_kill_loses_no_more_than_since_the_last_save(
-    main: Main, small: Path, tmp_path: Path, when: str
+    whole_run: Callable[[str], Path], small: Path, tmp_path: Path, when: str
 ) -> None:
     options = "--save-every 5"
-    whole = main("whole", options)
+    whole = whole_run(options)
     code = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
