@@ -3,10 +3,8 @@
 import errno
 import io
 import os
-import pty
 import subprocess
 import sys
-import termios
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from tqdm import tqdm
 
 from minibert import SentenceEncoder
 from minibert.__main__ import main
+from tests.conftest import shown_on_a_terminal
 
 MODEL = ["--model", "all-MiniLM-L6-v2", "--device", "cpu"]  # a GPU's last bits are others
 SENTENCES = [
@@ -133,16 +132,10 @@ def test_progress_bar_on_a_terminal_only(
     monkeypatch.setattr("tqdm.tqdm", at_once)
     assert main(command) == 0
     assert capsys.readouterr().err == ""
-    terminal, child_end = pty.openpty()
-    termios.tcsetwinsize(terminal, (24, 80))
-    with monkeypatch.context() as patch, os.fdopen(child_end, "w") as stderr:
-        patch.setattr(sys, "stderr", stderr)
-        assert main(command) == 0
-    shown = os.read(terminal, 65536)
-    os.close(terminal)
-    assert b"encode:" in shown
-    assert b"9/9" in shown
-    assert b" sentences/s" in shown
+    shown = shown_on_a_terminal(lambda: main(command))
+    assert "encode:" in shown
+    assert "9/9" in shown
+    assert " sentences/s" in shown
     assert delays == [1]  # second, in which most are done
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModel
 
 import weights
 from minibert.sentence_transformers_files import module_files
-from tests.forked import Forks
+from tests import forked
 from weights import ModelNotFoundError, load_checkpoint, resolve
 from weights.catalog import CATALOG, find
 
@@ -98,29 +98,21 @@ class Shell:
 
     home: Path
     endpoint: str
-    forks: Forks
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         settings = {"HF_HOME": str(self.home), "HF_ENDPOINT": self.endpoint, **environment}
-        return self.forks.run(command, inherited | settings, cwd=self.home)
+        return forked.run(command, inherited | settings, self.home)
 
     def fetch(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return self.run("-m", "minibert", "fetch", *arguments, **environment)
 
 
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    started = Forks(tmp_path_factory.mktemp("streams"))
-    yield started
-    started.close()
-
-
 @pytest.fixture
-def shell(hub: Hub, tmp_path: Path, forks: Forks) -> Shell:
+def shell(hub: Hub, tmp_path: Path) -> Shell:
     home = tmp_path / "home"
     home.mkdir()
-    return Shell(home, hub.endpoint, forks)
+    return Shell(home, hub.endpoint)
 
 
 @pytest.fixture

@@ -2,11 +2,8 @@
 
 import json
 import os
-import pty
 import re
 import shutil
-import sys
-import termios
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import pytest
 import train
 from heads import MultiTaskModel
 from heads.options import Options, read_options
+from tests.conftest import shown_on_a_terminal
 from tests.training.conftest import Main, table
 
 
@@ -160,20 +158,12 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
     MultiTaskModel.from_pretrained(run / "best")
 
 
-def test_a_progress_bar_on_a_terminal_only(
-    main: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_progress_bar_on_a_terminal_only(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
     main("piped", "--epochs 1")
     captured = capsys.readouterr()
     assert captured.err == ""
     assert "tokens/s" in captured.out
-    terminal, child_end = pty.openpty()
-    termios.tcsetwinsize(terminal, (24, 100))
-    with monkeypatch.context() as patch, os.fdopen(child_end, "w") as stderr:
-        patch.setattr(sys, "stderr", stderr)
-        main("shown", "--epochs 1")
-    shown = os.read(terminal, 65536).decode()
-    os.close(terminal)
+    shown = shown_on_a_terminal(lambda: main("shown", "--epochs 1"))
     assert "epoch 1/1" in shown
     assert re.search(r"loss \d\.\d+, [\d,]+ tokens/s", shown)
 
