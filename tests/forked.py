@@ -8,24 +8,26 @@ import os
 import runpy
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["minibert"])
+FORKS.set_forkserver_preload(["train", "torch._dynamo"])  # the latter is what the first optimizer imports
 
 
 def run(
     arguments: Sequence[str], environment: Mapping[str, str], directory: Path
 ) -> subprocess.CompletedProcess[str]:
     """What `python` prints and returns, given these arguments, in `directory`."""
-    outputs = [directory / "stdout.txt", directory / "stderr.txt"]
-    process = FORKS.Process(target=_python, args=(arguments, dict(environment), directory, outputs))
-    process.start()
-    process.join()
-    status = process.exitcode
-    assert status is not None
-    return subprocess.CompletedProcess(arguments, status, *(path.read_text() for path in outputs))
+    with tempfile.TemporaryDirectory() as elsewhere:
+        outputs = [Path(elsewhere, "stdout"), Path(elsewhere, "stderr")]
+        process = FORKS.Process(target=_python, args=(arguments, dict(environment), directory, outputs))
+        process.start()
+        process.join()
+        assert process.exitcode is not None
+        printed = (path.read_text() for path in outputs)
+        return subprocess.CompletedProcess(arguments, process.exitcode, *printed)
 
 
 def _python(

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -17,7 +15,8 @@ import train
 from heads import features
 from heads.processes import catching_interrupts
 from heads.run_directory import RunDirectory
-from tests.training.conftest import ROOT, Main, a_new_head_may_be_frozen, assert_same_run, epochs, steps, table
+from tests import forked
+from tests.training.conftest import Main, a_new_head_may_be_frozen, assert_same_run, epochs, steps, table
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +104,7 @@ def test_a_kill_loses_no_more_than_since_the_last_save(
     options = "--save-every 5"
     whole = whole_run(options)
     code = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
+import os, signal
 import train
 from heads.processes import Processes
 from heads.run_directory import RunDirectory
@@ -128,7 +126,7 @@ RunDirectory.log, module.write_directory = killing, dying
 command = "--model {small} --data dummy --epochs 3 --batch-size 48 --output {tmp_path / "part"} {options}"
 train.main(command.split())
 """
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path)
+    killed = forked.run(("-c", code), os.environ, tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     RunDirectory(tmp_path / "part").recover()
     saved = tmp_path / "part" / "last" / "training.json"
