@@ -269,6 +269,7 @@ def test_nothing_to_train(main: Main, capsys: pytest.CaptureFixture[str], small:
     ours, theirs = MultiTaskModel.from_pretrained(run / "best").encoder, BertModel.from_pretrained(small)
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     assert (run / "metrics.jsonl").read_text() == ""
+    assert not list(run.glob("curves*"))  # of nothing
 
 
 def test_going_on_from_a_run_with_one_head_frozen(
