@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -103,6 +104,18 @@ def test_bf16(main: Main) -> None:
 def test_batch_tokens(main: Main) -> None:
     run = main("run", "--epochs 1 --batch-tokens 200")
     assert len(steps(run)) > 10
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"), [("", 1.0), ("--clip-norm 0.3", 0.3), ("--clip-norm 0", math.inf)]
+)
+def test_how_long_a_gradient_may_be(
+    main: Main, monkeypatch: pytest.MonkeyPatch, options: str, limit: float
+) -> None:
+    clip = Mock(wraps=torch.nn.utils.clip_grad_norm_)
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", clip)
+    main("run", f"--steps 2 {options}")
+    assert [call.args[1] for call in clip.call_args_list] == [limit, limit]
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

@@ -113,6 +113,11 @@ def test_learning_rates(lr: str) -> None:
     assert (plan.lr, plan.head_lr) == expected.get(lr, (1e-4, 1e-2))
 
 
+def test_what_else_the_plan_is_told() -> None:
+    plan = read_options(["--layer-lr-decay", "0.9", "--weight-decay", "0.2"]).plan()
+    assert (plan.layer_lr_decay, plan.weight_decay) == (0.9, 0.2)
+
+
 def test_an_output_that_cannot_be_written(
     main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
