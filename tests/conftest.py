@@ -4,12 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import pty
 import signal
-import sys
-import termios
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,18 +106,3 @@ def save_random(architecture: Any, config: Any, directory: Path, seed: int = 0) 
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(directory)
     return directory
-
-
-def shown_on_a_terminal(run: Callable[[], object]) -> str:
-    """What `run` prints on standard error where that is a terminal, 100 columns wide."""
-    screen, terminal = pty.openpty()
-    termios.tcsetwinsize(screen, (24, 100))
-    with pytest.MonkeyPatch.context() as patched, os.fdopen(terminal, "w") as stderr:
-        patched.setattr(sys, "stderr", stderr)
-        run()
-    shown = b""
-    with suppress(OSError):  # at its end
-        while part := os.read(screen, 65536):
-            shown += part
-    os.close(screen)
-    return shown.decode()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from minibert import SentenceEncoder
 from minibert.__main__ import main
-from tests.conftest import shown_on_a_terminal
+from tests.terminal import shown_on_a_terminal
 
 MODEL = ["--model", "all-MiniLM-L6-v2", "--device", "cpu"]  # a GPU's last bits are others
 SENTENCES = [

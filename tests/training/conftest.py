@@ -20,15 +20,16 @@ a_new_head_may_be_frozen = pytest.mark.filterwarnings("default:--freeze .* leave
 Main = Callable[..., Path]
 
 
+def command(model: Path, output: Path, options: str = "") -> list[str]:
+    return f"--model {model} --data dummy --epochs 3 --batch-size 48 --output {output} {options}".split()
+
+
 @pytest.fixture
 def main(small: Path, tmp_path: Path) -> Main:
     """Trains `small` on dummy data into a directory of this name; the options are one string."""
 
     def run(name: str, options: str = "", *, status: int = 0) -> Path:
-        command = (
-            f"--model {small} --data dummy --epochs 3 --batch-size 48 --output {tmp_path / name} {options}"
-        )
-        assert train.main(command.split()) == status
+        assert train.main(command(small, tmp_path / name, options)) == status
         return tmp_path / name
 
     return run

@@ -12,7 +12,7 @@ import pytest
 import train
 from heads import MultiTaskModel
 from heads.options import Options, read_options
-from tests.conftest import shown_on_a_terminal
+from tests.terminal import shown_on_a_terminal
 from tests.training.conftest import Main, table
 
 

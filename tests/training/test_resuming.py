@@ -16,7 +16,15 @@ from heads import features
 from heads.processes import catching_interrupts
 from heads.run_directory import RunDirectory
 from tests import forked
-from tests.training.conftest import Main, a_new_head_may_be_frozen, assert_same_run, epochs, steps, table
+from tests.training.conftest import (
+    Main,
+    a_new_head_may_be_frozen,
+    assert_same_run,
+    command,
+    epochs,
+    steps,
+    table,
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +34,7 @@ def whole_run(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     @cache
     def run(options: str) -> Path:
         output = tmp_path_factory.mktemp("whole") / "run"
-        command = f"--model {small} --data dummy --epochs 3 --batch-size 48 --output {output} {options}"
-        assert train.main(command.split()) == 0
+        assert train.main(command(small, output, options)) == 0
         return output
 
     return run
@@ -123,8 +130,7 @@ def dying(directory, files):
         os.rename(directory.parent / "last", directory.parent / ".last.old")
         kill()
 RunDirectory.log, module.write_directory = killing, dying
-command = "--model {small} --data dummy --epochs 3 --batch-size 48 --output {tmp_path / "part"} {options}"
-train.main(command.split())
+train.main({command(small, tmp_path / "part", options)})
 """
     killed = forked.run(("-c", code), os.environ, tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
