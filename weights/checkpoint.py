@@ -24,15 +24,15 @@ class Checkpoint:
     """What a checkpoint directory holds.
 
     `config` has BERT's published field names whatever the family, and always a `model_type`.
-    `tensors` has our names. `published` gives the key a tensor had in the file. `problems` are
-    those found while reading the keys; `tensors_for` reports them together with the rest.
+    `tensors` has our names. `published` gives the key a tensor had in the file. `problems` are the
+    keys that could not be used, by kind; `tensors_for` reports them together with the rest.
     """
 
     directory: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     published: dict[str, str]
-    problems: list[str]
+    problems: dict[str, list[str]]
 
     def tensors_for(
         self, shapes: Mapping[str, torch.Size], dtype: torch.dtype | None = None
@@ -47,39 +47,32 @@ class Checkpoint:
         """
         family = FAMILIES[self.config["model_type"]]
         found = {key: t for key, t in self.tensors.items() if key in shapes}
-        missing = [family.to_published(key) for key in shapes if key not in found]
-        extra = [
-            self.published[key] for key in self.tensors if key not in shapes and not key.startswith("pooler.")
-        ]
-        wrong_shape = [
-            f"{self.published[key]} is {tuple(t.shape)} and not {tuple(shapes[key])}"
-            for key, t in found.items()
-            if t.shape != shapes[key]
-        ]
-        problems = [*self.problems]
-        if missing:
-            problems.append(f"missing {_listed(missing)}")
-        if extra:
-            problems.append(f"unexpected {_listed(extra)}")
-        if wrong_shape:
-            problems.append(f"other shapes than config.json says, {_listed(wrong_shape)}")
-        problems += _dtype_problems({self.published[k]: t.dtype for k, t in found.items()}, dtype)
-        if problems:
-            raise CheckpointError(f"{self.directory}: the weights do not fit: {'; '.join(problems)}")
+        problems = self.problems | {
+            "missing": [family.to_published(key) for key in shapes if key not in found],
+            "unexpected": [
+                self.published[key]
+                for key in self.tensors
+                if key not in shapes and not key.startswith("pooler.")
+            ],
+            "other shapes than config.json says,": [
+                f"{self.published[key]} is {tuple(t.shape)} and not {tuple(shapes[key])}"
+                for key, t in found.items()
+                if t.shape != shapes[key]
+            ],
+            f"stored in another dtype than {', '.join(map(str, FLOATS))}:": [
+                f"{self.published[key]} as {t.dtype}" for key, t in found.items() if t.dtype not in FLOATS
+            ],
+        }
+        told = [f"{kind} {_listed(keys)}" for kind, keys in problems.items() if keys]
+        dtypes = Counter(t.dtype for t in found.values() if t.dtype in FLOATS)
+        if len(dtypes) > 1 and dtype is None:
+            counts = ", ".join(f"{count} {each}" for each, count in dtypes.most_common())
+            told.append(
+                f"the tensors are stored in several dtypes ({counts}), choose one, such as dtype=torch.float32"
+            )
+        if told:
+            raise CheckpointError(f"{self.directory}: the weights do not fit: {'; '.join(told)}")
         return {key: t if dtype is None else t.to(dtype) for key, t in found.items()}
-
-
-def _dtype_problems(stored: Mapping[str, torch.dtype], wanted: torch.dtype | None) -> list[str]:
-    others = [f"{key} as {dtype}" for key, dtype in stored.items() if dtype not in FLOATS]
-    known = ", ".join(map(str, FLOATS))
-    problems = [f"stored in another dtype than {known}: {_listed(others)}"] if others else []
-    kinds = Counter(dtype for dtype in stored.values() if dtype in FLOATS)
-    if len(kinds) > 1 and wanted is None:
-        counts = ", ".join(f"{count} {dtype}" for dtype, count in kinds.most_common())
-        problems.append(
-            f"the tensors are stored in several dtypes ({counts}), choose one, such as dtype=torch.float32"
-        )
-    return problems
 
 
 def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
@@ -97,20 +90,17 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
     family = FAMILIES[config["model_type"]]
     tensors: dict[str, Tensor] = {}
     published: dict[str, str] = {}
-    unknown, doubled = [], []
+    problems: dict[str, list[str]] = {"unknown": [], "doubled": []}
     for key, tensor in published_tensors.items():
         if is_ignored(key):
             continue
         ours = family.to_ours(key)
         if ours is None:
-            unknown.append(key)
+            problems["unknown"].append(key)
         elif ours in tensors:
-            doubled.append(f"{key} (also as {published[ours]})")
+            problems["doubled"].append(f"{key} (also as {published[ours]})")
         else:
             tensors[ours], published[ours] = tensor, key
-    problems = [f"unknown {_listed(unknown)}"] if unknown else []
-    if doubled:
-        problems.append(f"doubled {_listed(doubled)}")
     return Checkpoint(directory, config, tensors, published, problems)
 
 
