@@ -64,14 +64,14 @@ class Options:
     loss_weight: tuple[str, ...] = option((), "factor of a task's loss, repeatable (default: 1)", "NAME=X")
     fast: bool = option(False, "compute nothing on padding: faster, and equal to rounding but for dropout")
     bf16: bool = option(False, "compute in bfloat16 where that is safe (autocast)")
-    seed: int = option(0, "of the heads' first weights, the order of the data, and dropout (default: 0)", "N")
+    seed: int = option(0, "of the heads' first weights, the order of the data, and dropout", "N")
     device: str = option("auto", "cpu, cuda or cuda:N; auto: a GPU if there is one", "NAME")
     metric: str = option(
         "accuracy",
         "what is best on validation: [TASK.]loss, accuracy or macro_f1 (mean of the tasks)",
         "NAME",
     )
-    patience: int = option(0, "stop when so many epochs in a row were not the best (default: 0, never)", "N")
+    patience: int = option(0, "stop when so many epochs in a row were not the best; 0: never", "N")
     feature_cache_mb: float = option(1000.0, "memory for what frozen layers compute; 0: compute it anew", "X")
     save_every: int | None = option(None, "save every so many steps, not only after each epoch", "STEPS")
     output: str | None = option(None, "directory of the run (default: the next free runs/N)", "DIR")
@@ -168,14 +168,14 @@ def parser() -> Parser:
     )
     for item in fields(Options):
         kind, details = str(item.type), dict(item.metadata)
-        if item.default not in (None, (), False):
-            details["help"] += f" (default: {item.default})"
         if kind == "bool":
             details = {"help": details["help"], "action": "store_true"}
         elif kind.startswith("tuple"):
             details["action"] = "append"
         else:
             details["type"] = {"str": str, "int": int, "float": float}[kind.removesuffix(" | None")]
+            if item.default is not None:
+                details["help"] += f" (default: {item.default})"
         result.add_argument(f"--{item.name.replace('_', '-')}", **details)
     return result
 
