@@ -19,6 +19,11 @@ def option(default: Any, text: str, metavar: str | None = None, choices: tuple[s
     return field(default=default, metadata={"help": text, "metavar": metavar, "choices": choices or None})
 
 
+def flag(name: str) -> str:
+    """An option as it stands on the command line: save_every -> --save-every."""
+    return f"--{name.replace('_', '-')}"
+
+
 @dataclass(frozen=True)
 class Options:
     """Every option of a run, under its command line name with _ for -. A tuple can be given repeatedly."""
@@ -88,7 +93,7 @@ class Options:
         for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and not lowest <= value < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}, it must be {lowest} or more")
+                raise ValueError(f"{flag(name)} is {value}, it must be {lowest} or more")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"--warmup is {self.warmup}, it must be from 0 to 1")
         if not 0 < self.validation_fraction < 1:
@@ -117,7 +122,7 @@ class Options:
             key, equals, value = given.partition("=")
             if not (key and equals and value) or key in pairs:
                 form = Options.__dataclass_fields__[name].metadata["metavar"]
-                raise ValueError(f"--{name.replace('_', '-')} {given}: give {form}, each name once")
+                raise ValueError(f"{flag(name)} {given}: give {form}, each name once")
             pairs[key] = value
         return pairs
 
@@ -141,9 +146,6 @@ class Options:
         plan = self.plan()
         fixed = asdict(replace(self, lr=plan.lr, head_lr=plan.head_lr))
         return {name: value for name, value in fixed.items() if name not in ("output", "resume")}
-
-
-REPEATABLE = {item.name for item in fields(Options) if item.default == ()}
 
 
 class Parser(argparse.ArgumentParser):
@@ -176,22 +178,21 @@ def parser() -> Parser:
             details["type"] = {"str": str, "int": int, "float": float}[kind.removesuffix(" | None")]
             if item.default is not None:
                 details["help"] += f" (default: {item.default})"
-        result.add_argument(f"--{item.name.replace('_', '-')}", **details)
+        result.add_argument(flag(item.name), **details)
     return result
 
 
 def from_json(path: Path) -> dict[str, Any]:
     """Options in a JSON file, checked by the same parser as the command line."""
-    names = {item.name for item in fields(Options)}
-    words = []
+    known, words = Options.__dataclass_fields__, []
     for name, value in read_json(path).items():
-        if name not in names:
+        if name not in known:
             raise ValueError(f"{path}: no option {name!r}, see --help")
-        if isinstance(value, list) and name not in REPEATABLE:
+        if isinstance(value, list) and known[name].default != ():
             raise ValueError(f"{path}: {name} is a list, it must be one value")
         for each in value if isinstance(value, list) else [value]:
             if each is not None and each is not False:
-                words.append(f"--{name.replace('_', '-')}" + ("" if each is True else f"={each}"))
+                words.append(flag(name) if each is True else f"{flag(name)}={each}")
     try:
         return collected(parser().parse_args(words))
     except ValueError as error:
@@ -223,7 +224,7 @@ def read_options(argv: list[str] | None) -> Options:
     begun = Options(**from_json(config))
     options = replace(begun, **given)
     changed = [
-        f"--{name.replace('_', '-')} was {getattr(begun, name)}, is {value}"
+        f"{flag(name)} was {getattr(begun, name)}, is {value}"
         for name, value in asdict(options).items()
         if name not in FREE_ON_RESUME and value != getattr(begun, name)
     ]
