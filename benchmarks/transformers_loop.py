@@ -86,8 +86,8 @@ def train_with_transformers(
 
     `labels[task]` (n,), -100 where missing; `batches` are indices, by epoch.
     """
-    total = sum(map(len, batches))
-    optimizer: Any = None
+    done, total = 0, sum(map(len, batches))
+    optimizer = None
     for epoch, epoch_batches in enumerate(batches):
         frozen = is_frozen(spec, model.encoder.config.num_hidden_layers, epoch, list(labels))
         for name, parameter in model.named_parameters():
@@ -97,9 +97,9 @@ def train_with_transformers(
             parameters = list(module.parameters())
             if parameters and not any(p.requires_grad for p in parameters):
                 module.eval()
-        optimizer, schedule = _optimizer(
-            model, optimizer, lr, head_lr, weight_decay, round(warmup * total), total, epoch, batches
-        )
+        optimizer = _optimizer(model, optimizer, lr, head_lr, weight_decay)
+        schedule = get_linear_schedule_with_warmup(optimizer, round(warmup * total), total, last_epoch=done - 1)
+        done += len(epoch_batches)
         for batch in epoch_batches:
             inputs = tokenizer([texts[i] for i in batch], padding=True, truncation=True, return_tensors="pt")
             scores = model(inputs["input_ids"], inputs["attention_mask"])
@@ -117,19 +117,11 @@ def train_with_transformers(
 
 
 def _optimizer(
-    model: nn.Module,
-    previous: Any,
-    lr: float,
-    head_lr: float,
-    weight_decay: float,
-    warmup: int,
-    total: int,
-    epoch: int,
-    batches: Sequence[Sequence[Sequence[int]]],
-) -> tuple[Any, Any]:
+    model: nn.Module, previous: torch.optim.AdamW | None, lr: float, head_lr: float, weight_decay: float
+) -> torch.optim.AdamW:
     """An AdamW over what is trained; what was trained before keeps its state."""
     groups = []
-    for is_head in (False, True):
+    for is_head, rate in ((False, lr), (True, head_lr)):
         for decay in (weight_decay, 0.0):
             chosen = [
                 p
@@ -139,13 +131,10 @@ def _optimizer(
                 and (p.dim() > 1) == (decay > 0)
             ]
             if chosen:
-                groups.append({"params": chosen, "lr": head_lr if is_head else lr, "weight_decay": decay})
+                groups.append({"params": chosen, "lr": rate, "initial_lr": rate, "weight_decay": decay})
     optimizer = torch.optim.AdamW(groups)
     if previous is not None:
         for parameter, state in previous.state.items():
             if parameter.requires_grad:
                 optimizer.state[parameter] = state
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    done = sum(map(len, batches[:epoch]))
-    return optimizer, get_linear_schedule_with_warmup(optimizer, warmup, total, last_epoch=done - 1)
+    return optimizer
