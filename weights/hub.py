@@ -13,8 +13,9 @@ from weights.safetensors_files import INDEX, NOT_LOADED, PICKLE, SINGLE, read_in
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 # where sentence-transformers says how many tokens a text may have; the first there is counts
 LENGTH_FILES = ("sentence_bert_config.json", "sentence_distilbert_config.json")
-# all of its files; last the one that names the others
-POOLING_FILES = (*LENGTH_FILES, "config_sentence_transformers.json", "1_Pooling/config.json", "modules.json")
+MODULES = "modules.json"
+# all of its files, fetched in this order: last the one that names the others
+POOLING_FILES = (*LENGTH_FILES, "config_sentence_transformers.json", "1_Pooling/config.json", MODULES)
 OPTIONAL_FILES = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", *POOLING_FILES)
 
 
@@ -133,9 +134,9 @@ def fetch_pooling(directory: Path) -> bool:
     if directory.parent.name != "snapshots" or not storage.name.startswith("models--"):
         return True
     repo, commit = storage.name.removeprefix("models--").replace("--", "/"), directory.name
-    known_absent = storage / ".no_exist" / commit / POOLING_FILES[-1]
+    known_absent = storage / ".no_exist" / commit / MODULES
     entry = find(repo)
-    if (directory / POOLING_FILES[-1]).is_file() or known_absent.is_file() or (entry and not entry.pooled):
+    if (directory / MODULES).is_file() or known_absent.is_file() or (entry and not entry.pooled):
         return True
     try:
         _ask(repo, commit)
