@@ -7,7 +7,6 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +143,7 @@ def _encode(arguments: argparse.Namespace) -> None:
     words = " ".join(arguments.sentences).split()
     if output is not None and file is None and len(words) == 1 and words != ["-"]:
         warnings.warn(f"there is no file {words[0]}: it is encoded as a sentence", stacklevel=1)
-    sentences = list(_sentences(arguments.sentences, file))
+    sentences = _sentences(arguments.sentences, file)
     embeddings = _load(arguments).encode(sentences, arguments.batch_size, arguments.normalize)
     if output is not None:
         _write_embeddings(output, embeddings)  # before anything is printed: the reader may have gone
@@ -214,16 +213,15 @@ def _looks_like_a_file(name: str) -> bool:
     return name.endswith(".txt") or (name.endswith(TABLES) and len(name.split()) == 1)
 
 
-def _sentences(given: list[str], file: Path | None) -> Iterable[str]:
+def _sentences(given: list[str], file: Path | None) -> list[str]:
     if file is not None:
         with file.open("rb") as stream:
-            yield from read_lines(str(file), stream)
-    elif given in ([], ["-"]):
-        if sys.stdin is None or (not given and sys.stdin.isatty()):
-            raise ValueError("nothing to encode: give sentences, a text file, or pipe text in")
-        yield from read_lines("standard input", sys.stdin.buffer)
-    else:
-        yield from given
+            return list(read_lines(str(file), stream))
+    if given not in ([], ["-"]):
+        return given
+    if sys.stdin is None or (not given and sys.stdin.isatty()):
+        raise ValueError("nothing to encode: give sentences, a text file, or pipe text in")
+    return list(read_lines("standard input", sys.stdin.buffer))
 
 
 def _print_embeddings(sentences: list[str], embeddings: NDArray[np.float32]) -> None:
