@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.load import save_base_size
+from benchmarks.load import ratio, save_base_size
 from heads.tables import DEMO
 from minibert import BertConfig, SentenceEncoder, Tokenizer
 from minibert.onednn import packs_weights
@@ -232,10 +232,6 @@ def take_turns(
                 clock.append(time.perf_counter())
             taken[name].append(statistics.median(clock[i + 1] - clock[i] for i in range(repeats)))
     return taken
-
-
-def ratio(some: Sequence[float], others: Sequence[float]) -> float:
-    return statistics.median(a / b for a, b in zip(some, others, strict=True))
 
 
 def without_slower(contenders: Mapping[str, Encode], sample: list[str]) -> dict[str, Encode]:

@@ -34,12 +34,11 @@ from benchmarks.encode import (
     operations,
     print_table,
     products,
-    ratio,
     read_words,
     same_bits,
     take_turns,
 )
-from benchmarks.load import save_base_size
+from benchmarks.load import ratio, save_base_size
 from minibert import BertConfig, SentenceEncoder
 from minibert.fast_inference import FastModel, run_texts, token_budget
 from minibert.tokenizer import pad

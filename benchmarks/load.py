@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer
@@ -74,6 +75,10 @@ def peak_bytes(name: str, directory: Path) -> int:
     return int(run("\n".join(lines), directory)) * 1024
 
 
+def ratio(some: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(some, others, strict=True))
+
+
 def measure(directory: Path, rounds: int) -> dict[str, dict[str, float]]:
     """For each candidate the medians over the rounds, against `import torch` of the same round."""
     size = (directory / "model.safetensors").stat().st_size
@@ -86,9 +91,7 @@ def measure(directory: Path, rounds: int) -> dict[str, dict[str, float]]:
     return {
         name: {
             "seconds": statistics.median(times[name]),
-            "times import torch": statistics.median(
-                t / base for t, base in zip(times[name], times["import torch"], strict=True)
-            ),
+            "times import torch": ratio(times[name], times["import torch"]),
             "peak MB": statistics.median(peaks[name]) / 1e6,
             "added / file size": statistics.median(
                 (p - base) / size for p, base in zip(peaks[name], peaks["import torch"], strict=True)

@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.encode import make_texts, ratio
-from benchmarks.load import save_base_size
+from benchmarks.encode import make_texts
+from benchmarks.load import ratio, save_base_size
 from heads.data import SentenceDataset, epoch_batches, label_names
 from heads.tables import DEMO, read_examples
 from minibert import Tokenizer
