@@ -68,7 +68,7 @@ class FreezePlan:
                       given), the embeddings last (Howard & Ruder 2018, section 3.3)
         only:A,B,...  only this is trained: embeddings, layers, layers.I, layers.I-J, heads, heads.NAME
 
-    or several joined by commas (not `only`), which freeze what any of them freezes.
+    or several joined by commas (not `none`, `all` or `only`), which freeze what any of them freezes.
 
     `lr` is the encoder's learning rate, `head_lr` the heads'. Each layer's is `layer_lr_decay` times
     that of the layer above it (Howard & Ruder 2018, section 3.2). `weight_decay` is for matrices only,

@@ -130,7 +130,7 @@ def _what_it_is(path: Path) -> str:
 def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Tensor] | None]) -> None:
     """Writes files (relative name -> bytes, or tensors as safetensors); if one cannot be, none changes.
 
-    None means that there is to be no file of this name: one of an earlier model is removed in the end.
+    None means that there is to be no file of this name: one of an earlier model is removed.
 
     Everything is written and flushed to a temporary place first. A new directory then appears in
     one rename; in an existing one each file is replaced whole, one after another in the order given.
