@@ -204,7 +204,7 @@ def _fingerprint(encoder: SentenceEncoder) -> str:
         digest.update(content)
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())  # one may have no axis
     return digest.hexdigest()
 
 

@@ -412,9 +412,10 @@ class Projected(SentenceEncoder):
     def __init__(self, *arguments: Any, width: int = 36, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self.dense = nn.Linear(36, width)
+        self.scale = nn.Parameter(torch.tensor(1.5))
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        return self.dense(super().forward(*inputs, **named))  # type: ignore[no-any-return]
+        return self.scale * self.dense(super().forward(*inputs, **named))  # type: ignore[no-any-return]
 
 
 def test_an_encoder_with_a_part_of_its_own(small: Path, text: Path) -> None:
