@@ -7,7 +7,7 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 
 import torch
 from torch import Tensor
@@ -60,9 +60,9 @@ def normalized(text: str) -> str:
 
 
 def stratified_split(examples: Sequence[Example], fraction: float) -> tuple[list[Example], list[Example]]:
-    """(rest, held out): `fraction` of each combination of labels and file, as nearly as can be.
+    """(rest, held out): `fraction` of each label and file, and of their combinations, as nearly as can be.
 
-    At least one text is held out in all, not one of each combination.
+    At least one text is held out in all, not one of each label.
 
     Keeps the order, and something of every label in the rest. A text that comes several times, as with a
     file or a row for each task, is held out everywhere or nowhere, with other spaces and capitals, too.
@@ -80,17 +80,18 @@ def stratified_split(examples: Sequence[Example], fraction: float) -> tuple[list
         kinds = (part for i in group for part in (examples[i].source, *sorted(examples[i].labels.items())))
         strata[tuple(kinds)].append(group)
     generator = torch.Generator().manual_seed(0)
-    # Largest remainders: each stratum gives its share rounded down; those that lost most by it give one more.
-    shares = {key: fraction * len(groups) for key, groups in strata.items()}
     keys = sorted(strata, key=repr)
     keys = [keys[i] for i in torch.randperm(len(keys), generator=generator).tolist()]
-    keys.sort(key=lambda key: int(shares[key]) - shares[key])
-    one_more = max(1, round(fraction * len(together))) - sum(map(int, shares.values()))
+    keys.sort(
+        key=lambda key: -(fraction * len(strata[key]) % 1)
+    )  # of equals the one that rounding takes most from
+    sizes = {key: len(strata[key]) for key in keys}
+    counts = _shares(sizes, fraction, max(1, round(fraction * len(together))))
     rest = Counter(label for example in examples for label in example.labels.items())
     held: set[int] = set()
-    for rank, key in enumerate(keys):
+    for key, chosen in zip(keys, counts, strict=True):
         order = torch.randperm(len(strata[key]), generator=generator).tolist()
-        for i in order[: int(shares[key]) + (rank < one_more)]:
+        for i in order[:chosen]:
             group = strata[key][i]
             labels = Counter(label for index in group for label in examples[index].labels.items())
             if all(rest[label] > count for label, count in labels.items()):  # none may lose its last one
@@ -106,6 +107,28 @@ def stratified_split(examples: Sequence[Example], fraction: float) -> tuple[list
         [example for i, example in enumerate(examples) if i not in held],
         [example for i, example in enumerate(examples) if i in held],
     )
+
+
+def _shares(sizes: Mapping[tuple[object, ...], int], fraction: float, total: int) -> list[int]:
+    """How many are held out of each combination of labels, given how many texts have it; `total` in all.
+
+    First its share rounded down, then one by one of that combination whose labels lack most. (Of many
+    combinations that occur once or twice, chance alone would leave rare labels out.)
+    """
+    parts = [dict.fromkeys((key, *key)) for key in sizes]  # a combination itself, and all in it
+    place = {part: i for i, part in enumerate(dict.fromkeys(chain(*parts)))}
+    members = pad([[place[part] for part in each] for each in parts], len(place))  # (combinations, parts)
+    available = torch.tensor(list(sizes.values()))
+    wanted = fraction * available.double()
+    counts = wanted.long()
+    lacking = torch.full((len(place) + 1,), -0.5, dtype=torch.float64)  # half of one less: it is to be rounded
+    lacking.index_add_(0, members.flatten(), (wanted - counts).repeat_interleave(members.shape[1]))
+    for _ in range(total - int(counts.sum())):
+        lacking[-1] = 0  # fills up combinations of fewer labels
+        best = lacking[members].sum(1).masked_fill(counts == available, -torch.inf).argmax()
+        counts[best] += 1
+        lacking[members[best]] -= 1
+    return counts.tolist()
 
 
 def dummy_examples(count: int, tasks: Mapping[str, Sequence[str]], seed: int) -> list[Example]:

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import random
 from collections import Counter
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 
@@ -289,6 +291,28 @@ def test_rare_combinations_are_split_as_well() -> None:
     twice = [Example(str(i), {"a": str(i // 2), "b": "xy"[i % 2]}) for i in range(40)]
     rest, held = stratified_split(twice, 0.99)
     assert [e.labels["a"] for e in rest] == [str(i) for i in range(20)]
+
+
+def labels_of_three_tasks(chance: random.Random) -> dict[str, str]:
+    urgent = "yes" if chance.random() < 0.08 else "no"
+    return {"topic": chance.choice("abcdefghij"), "team": chance.choice("klmnopqrst"), "urgent": urgent}
+
+
+def labels_often_missing(chance: random.Random) -> dict[str, str]:
+    mood = {"mood": chance.choice("pn")} if chance.random() < 0.08 else {}
+    return {"topic": chance.choice("abcdefghij"), "team": chance.choice("klmnopqrst"), **mood}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("labels", [labels_of_three_tasks, labels_often_missing])
+def test_every_label_gets_its_share(labels: Callable[[random.Random], dict[str, str]], seed: int) -> None:
+    """Though most combinations of labels are rarer than one in ten texts held out."""
+    chance = random.Random(seed)
+    examples = [Example(str(i), labels(chance)) for i in range(1000)]
+    _, held = stratified_split(examples, 0.1)
+    assert len(held) == 100
+    whole, part = (Counter(label for e in some for label in e.labels.items()) for some in (examples, held))
+    assert max(abs(part[label] - 0.1 * count) for label, count in whole.items()) < 1.5
 
 
 def lengths_dataset(lengths: list[int], sources: list[int] | None = None) -> SentenceDataset:
