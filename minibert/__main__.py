@@ -18,6 +18,7 @@ from minibert import parity
 from minibert.devices import find_device
 from minibert.encode_file import Shard, encode_file, merge, record_file, whole_or_gone
 from minibert.memory import is_out_of_memory
+from minibert.model import BertModel
 from minibert.sentence_encoder import SentenceEncoder
 from minibert.text_lines import Lines, read_lines
 from weights import resolve
@@ -270,6 +271,7 @@ def _fetch(arguments: argparse.Namespace) -> None:
 
 def _convert(arguments: argparse.Namespace) -> None:
     convert(arguments.model, arguments.directory)
+    BertModel.from_pretrained(arguments.directory)  # what else does not fit is said now
     print(f"wrote {arguments.directory}: load it with --model {arguments.directory}")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from minibert.config import BertConfig
 from minibert.model import BertModel
 from weights import resolve
+from weights.key_maps import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def random_inputs(config: BertConfig, seed: int = 0) -> Iterator[tuple[str, dict
     generator = torch.Generator().manual_seed(seed)
     longest = config.max_position_embeddings
     short = min(13, longest)
-    lengths = torch.randint(1, short, (3, 1), generator=generator)  # (3, 1)
+    lengths = torch.randint(1, max(2, short), (3, 1), generator=generator)  # (3, 1)
     places = torch.arange(short)  # (T,)
     holes = torch.rand(3, short, generator=generator) < 0.6  # (3, T)
     cases: list[tuple[str, tuple[int, int], Tensor | None]] = [
@@ -117,14 +118,15 @@ def run(name_or_path: str) -> int:
         ValueError: transformers is not installed.
     """
     try:
-        from transformers import AutoModel
+        import transformers
     except ImportError as error:
         raise ValueError("parity needs transformers: `pip install transformers`") from error
     directory = resolve(name_or_path)
     all_equal = True
     for attention in ("eager", "sdpa"):
         ours = BertModel.from_pretrained(directory, attention=attention)
-        reference = AutoModel.from_pretrained(directory, attn_implementation=attention, dtype=ours.dtype).eval()
+        family = getattr(transformers, FAMILIES[ours.config.model_type].architecture)
+        reference = family.from_pretrained(directory, attn_implementation=attention, dtype=ours.dtype).eval()
         asked = {"output_hidden_states": True, "output_attentions": attention == "eager"}
         for name, inputs in random_inputs(ours.config):
             with torch.no_grad():

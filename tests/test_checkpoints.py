@@ -422,7 +422,7 @@ def test_mixed_dtypes_need_a_choice(copy: Path) -> None:
         return tensors | {"pooler.dense.bias": tensors["pooler.dense.bias"].half()}
 
     assert (
-        "several dtypes (38 torch.float32, 1 torch.float16), choose one, such as dtype=torch.float32"
+        "several dtypes, choose one, such as dtype=torch.float32: 38 as torch.float32, 1 as torch.float16"
         in error_of(rewrite(copy, mix))
     )
     model = BertModel.from_pretrained(copy, dtype=torch.float32)
@@ -474,7 +474,10 @@ def test_bin_only(copy: Path, tmp_path: Path) -> None:
     for name in ("vocab.txt", "tokenizer.json", "mine.txt"):  # of a model that was here before
         (tmp_path / "converted" / name).touch()
     (copy / "vocab.txt").write_text("[PAD]\n")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "model_type"}))
     convert(copy, tmp_path / "converted")
+    assert json.loads((tmp_path / "converted" / "config.json").read_text()) == config
     assert (tmp_path / "converted" / "vocab.txt").read_text() == "[PAD]\n"
     assert not (tmp_path / "converted" / "tokenizer.json").exists()
     assert (tmp_path / "converted" / "mine.txt").exists()
@@ -496,12 +499,17 @@ def test_convert_refuses_what_is_not_tensors(copy: Path, tmp_path: Path) -> None
         (copy / "pytorch_model.bin").write_bytes(damaged)
         with pytest.raises(CheckpointError, match=message):
             convert(copy, tmp_path / "out")
-    torch.save({5: torch.ones(1)}, copy / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"does not hold named tensors alone"):
-        convert(copy, tmp_path / "out")
-    torch.save([1, 2], copy / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"does not hold named tensors alone \(it holds a list"):
-        convert(copy, tmp_path / "out")
+    one = torch.ones(1)
+    for kept, message in [
+        ({5: one}, "holds more than named tensors: 5 names a Tensor"),
+        ({"pooler.dense.bias": one, "epoch": 3}, "holds more than named tensors: 'epoch' names a int"),
+        ({"model": {"a": one}}, "holds more than named tensors: 'model' names a dict"),
+        ([1, 2], "holds a list, not named tensors"),
+        ({"module.bert.pooler.dense.bias": one}, "do not fit: unknown module.bert.pooler.dense.bias"),
+    ]:
+        torch.save(kept, copy / "pytorch_model.bin")
+        with pytest.raises(CheckpointError, match=message):
+            convert(copy, tmp_path / "out")
     torch.save({"a": Path("x")}, copy / "pytorch_model.bin")  # would run code when unpickled
     with pytest.raises(CheckpointError, match="cannot be read as tensors"):
         convert(copy, tmp_path / "out")

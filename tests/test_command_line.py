@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import subprocess
 import sys
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_tensors
 from tqdm import tqdm
 
 from minibert import SentenceEncoder
 from minibert.__main__ import main
+from tests.conftest import TINY, save_random_bert
 from tests.terminal import shown_on_a_terminal
 
 MODEL = ["--model", "all-MiniLM-L6-v2", "--device", "cpu"]  # a GPU's last bits are others
@@ -231,6 +234,32 @@ def test_parity_command(
     monkeypatch.setattr("minibert.layers.ACTIVATIONS", {"gelu": lambda x: x.relu()})
     assert main(["parity", "--model", str(tiny)]) == 1
     assert "first layer 0: differs by up to" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_parity_of_an_old_model_of_one_position(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Its config does not say its model_type, which transformers would guess from the directory's name."""
+    model = save_random_bert(tmp_path / "hubert", **TINY | {"max_position_embeddings": 1})
+    config = json.loads((model / "config.json").read_text())
+    del config["model_type"]
+    (model / "config.json").write_text(json.dumps(config))
+    assert main(["parity", "--model", str(model)]) == 0
+    assert capsys.readouterr().out.count("all bits equal") == 40
+
+
+def test_what_cannot_be_loaded_is_not_said_to_be_converted(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/config.json").write_bytes((tiny / "config.json").read_bytes())
+    tensors = load_tensors(tiny / "model.safetensors")
+    torch.save(tensors, tmp_path / "old/pytorch_model.bin")
+    old, new = str(tmp_path / "old"), str(tmp_path / "new")
+    assert main(["convert", old, new]) == 0
+    assert capsys.readouterr().out == f"wrote {new}: load it with --model {new}\n"
+    del tensors["encoder.layer.1.output.dense.weight"]
+    torch.save(tensors, tmp_path / "old/pytorch_model.bin")
+    assert main(["convert", old, new]) == 2
+    assert "the weights do not fit: missing encoder.layer.1.output.dense.weight" in capsys.readouterr().err
 
 
 def test_console_script_and_help() -> None:

@@ -1,7 +1,7 @@
 """A checkpoint directory <-> config and tensors under our names."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,15 +63,12 @@ class Checkpoint:
                 f"{self.published[key]} as {t.dtype}" for key, t in found.items() if t.dtype not in FLOATS
             ],
         }
-        told = [f"{kind} {_listed(keys)}" for kind, keys in problems.items() if keys]
         dtypes = Counter(t.dtype for t in found.values() if t.dtype in FLOATS)
         if len(dtypes) > 1 and dtype is None:
-            counts = ", ".join(f"{count} {each}" for each, count in dtypes.most_common())
-            told.append(
-                f"the tensors are stored in several dtypes ({counts}), choose one, such as dtype=torch.float32"
-            )
-        if told:
-            raise CheckpointError(f"{self.directory}: the weights do not fit: {'; '.join(told)}")
+            problems["stored in several dtypes, choose one, such as dtype=torch.float32:"] = [
+                f"{count} as {each}" for each, count in dtypes.most_common()
+            ]
+        refuse(self.directory, problems)
         return {key: t if dtype is None else t.to(dtype) for key, t in found.items()}
 
 
@@ -85,8 +82,13 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
         CheckpointError: config.json or the weights cannot be used.
     """
     directory = resolve(name_or_path)
-    config = read_config(directory)
-    published_tensors = read_tensors(directory)
+    return with_our_names(directory, read_config(directory), read_tensors(directory))
+
+
+def with_our_names(
+    directory: Path, config: dict[str, Any], published_tensors: Mapping[str, Tensor]
+) -> Checkpoint:
+    """A config in BERT's field names and tensors by published keys as a `Checkpoint`."""
     family = FAMILIES[config["model_type"]]
     tensors: dict[str, Tensor] = {}
     published: dict[str, str] = {}
@@ -102,6 +104,13 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
         else:
             tensors[ours], published[ours] = tensor, key
     return Checkpoint(directory, config, tensors, published, problems)
+
+
+def refuse(path: Path, problems: Mapping[str, Sequence[str]]) -> None:
+    """Raises CheckpointError if there are any: kind of problem -> the keys, or what else is said of it."""
+    if any(problems.values()):
+        told = "; ".join(f"{kind} {_listed(keys)}" for kind, keys in problems.items() if keys)
+        raise CheckpointError(f"{path}: the weights do not fit: {told}")
 
 
 def save_checkpoint(

@@ -5,30 +5,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from weights.checkpoint import refuse, with_our_names
 from weights.hub import OPTIONAL_FILES, TOKENIZER_FILES, resolve
-from weights.json_files import CheckpointError, read_config
+from weights.json_files import CheckpointError, read_config, read_json, to_json
 from weights.key_maps import is_ignored
 from weights.safetensors_files import PICKLE, SINGLE, why_no_weights, write_directory
-
-
-def _is_named_tensor(item: tuple[object, object]) -> bool:
-    key, tensor = item
-    return isinstance(key, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
 
 
 def convert(name_or_path: str | Path, directory: str | Path) -> None:
     """Writes a `.bin` checkpoint's encoder, config and tokenizer into a directory.
 
-    The tensors keep their names and bits. Only tensors are unpickled (`weights_only=True`): no
-    code in the file runs.
+    The tensors keep their names and bits. A config.json without a model_type, as the oldest are, has one in
+    the copy: transformers would guess it from the directory's name. Only tensors are unpickled
+    (`weights_only=True`): no code in the file runs.
 
     Raises:
         ModelNotFoundError: no such model on disk or on the hub.
         CheckpointError: no BERT or DistilBERT; there is no pytorch_model.bin, it is damaged, or it holds
-            more than tensors.
+            more than tensors, or tensors that an encoder does not have.
     """
     source = resolve(name_or_path)
-    read_config(source)  # what could not be loaded afterwards is not converted
+    config = read_config(source)
     path = source / PICKLE
     if not path.is_file():
         raise CheckpointError(f"{source} has no {path.name} to convert")
@@ -44,12 +41,18 @@ def convert(name_or_path: str | Path, directory: str | Path) -> None:
         ) from error
     if reason:
         raise CheckpointError(f"{path} {reason}")
-    if not isinstance(published, dict) or not all(map(_is_named_tensor, published.items())):
-        raise CheckpointError(
-            f"{path} does not hold named tensors alone (it holds a {type(published).__name__})"
-        )
+    if not isinstance(published, dict):
+        raise CheckpointError(f"{path} holds a {type(published).__name__}, not named tensors")
+    for key, tensor in published.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            kind = type(tensor).__name__
+            raise CheckpointError(f"{path} holds more than named tensors: {key!r:.60} names a {kind}")
+    refuse(path, with_our_names(source, config, published).problems)
     names = ("config.json", *TOKENIZER_FILES, *OPTIONAL_FILES)
     # None: of another model, that was here before
     others = {name: (source / name).read_bytes() if (source / name).is_file() else None for name in names}
+    as_published = read_json(source / "config.json")
+    if "model_type" not in as_published:
+        others["config.json"] = to_json({**as_published, "model_type": config["model_type"]})
     tensors = {key: tensor for key, tensor in published.items() if not is_ignored(key)}
     write_directory(Path(directory), {SINGLE: tensors, **others})
