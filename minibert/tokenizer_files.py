@@ -61,6 +61,8 @@ def read_tokenizer(directory: Path, settings: Mapping[str, Any]) -> tuple[tokeni
     """
     kind = settings.get("tokenizer_class") or read_json(directory / "config.json").get("tokenizer_class")
     is_bert = kind in BERT_CLASSES
+    if "added_tokens_decoder" not in settings:  # which makes the two older files superfluous
+        settings = {**settings, **read_settings(directory / "special_tokens_map.json")}
     path = next((directory / name for name in TOKENIZER_FILES if (directory / name).is_file()), None)
     if path is None:
         raise CheckpointError(f"{directory} has no tokenizer: neither tokenizer.json nor vocab.txt")
@@ -133,7 +135,9 @@ def _make_bert(backend: tokenizers.Tokenizer, path: Path, settings: Mapping[str,
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.post_processor = _template(ids)
     backend.decoder = decoders.WordPiece()
-    backend.add_special_tokens(list(SPECIAL_TOKENS.values()))
+    backend.add_special_tokens(
+        [t for name, t in SPECIAL_TOKENS.items() if _content(settings.get(name, t)) == t]
+    )
 
 
 def _template(ids: Mapping[str, int]) -> tokenizers.processors.TemplateProcessing:
@@ -151,16 +155,12 @@ def _add_tokens(
 ) -> dict[str, str]:
     """Adds what the files beside the vocabulary add to it; returns what BERT's special tokens are called here.
 
-    As transformers: `added_tokens_decoder` makes the two older files superfluous, and what tokenizer.json has
-    `published` stays as it is.
+    As transformers: what tokenizer.json has `published` stays as it is.
     """
     from tokenizers import AddedToken
 
-    older: dict[str, int] = {}
-    if "added_tokens_decoder" not in settings:
-        settings = {**settings, **read_settings(directory / "special_tokens_map.json")}
-        if (path := directory / "added_tokens.json").is_file():
-            older = read_json(path)
+    path = directory / "added_tokens.json"
+    older = read_json(path) if "added_tokens_decoder" not in settings and path.is_file() else {}
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     try:
         named = {name: _special(settings[name]) for name in NAMED_TOKENS if name in settings}
@@ -196,6 +196,10 @@ def _special(published: Any) -> tokenizers.AddedToken:
         raise TypeError(f"{published!r} is not a token")
     flags = {"content": published} if isinstance(published, str) else _flags(published)
     return AddedToken(**flags | {"special": True})
+
+
+def _content(published: Any) -> Any:
+    return published.get("content") if isinstance(published, dict) else published
 
 
 def _flags(token: dict[str, Any]) -> dict[str, Any]:

@@ -106,6 +106,8 @@ ADDED = {"content": "[ENT]", "lstrip": False, "rstrip": False, "normalized": Fal
         ({"extra_special_tokens": {}, "additional_special_tokens": ["[ENT]"]}, {}),
         ({"bos_token": "[BOS]", "additional_special_tokens": ["[ENT]"]}, {}),
         ({"pad_token": "[PAD]"}, {"special_tokens_map.json": {"pad_token": "[ENT]"}}),
+        ({"mask_token": "<mask>"}, {}),
+        ({"pad_token": "[unused5]"}, {}),
         ({"tokenizer_class": "ElectraTokenizerFast", "additional_special_tokens": ["foo"]}, {}),
         (
             {"extra_special_tokens": [ADDED | {"content": "foo", "single_word": True, "__type": "AddedToken"}]},
@@ -129,6 +131,7 @@ def test_added_tokens_are_autotokenizers(
         "[ent] [unused5] foo[unused5]bar",
         "naïve 中文 [ENT]y [MASK].",
         "a [mask] b[mask]",
+        "<mask> [PAD]",
     ]
     tokenizer = Tokenizer.from_pretrained(directory)
     assert tokenizer.token_ids(texts) == AutoTokenizer.from_pretrained(directory)(texts)["input_ids"]
