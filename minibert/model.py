@@ -194,6 +194,12 @@ class BertModel(nn.Module):
             CheckpointError: the directory cannot be written, or holds the heads of a MultiTaskModel.
             ValueError: parameters that a BERT with this `config` does not have, or has in another shape.
         """
+        layers, configured = len(self.layers), self.config.num_hidden_layers
+        if layers != configured:
+            raise ValueError(
+                f"the model has {layers} layers and its config says {configured}: correct it by "
+                f"model.config = dataclasses.replace(model.config, num_hidden_layers={layers})"
+            )
         with without_numbers():
             as_configured = BertModel(self.config, add_pooling_layer=self.pooler is not None)
         shapes = {name: parameter.shape for name, parameter in as_configured.named_parameters()}

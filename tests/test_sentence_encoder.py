@@ -396,6 +396,24 @@ def test_cut_layers_are_not_saved_under_the_old_number(tiny_encoder: SentenceEnc
     assert np.array_equal(again.encode("a b c"), encoder.encode("a b c"))
 
 
+class Skip(nn.Module):
+    """A layer without parameters."""
+
+    def forward(self, hidden: Tensor, mask: Tensor | None, attend: object) -> tuple[Tensor, None]:
+        return hidden, None
+
+
+@pytest.mark.parametrize("index", [0, -1])
+def test_a_layer_of_another_kind_is_not_left_out_of_what_is_saved(
+    tiny_encoder: SentenceEncoder, index: int, tmp_path: Path
+) -> None:
+    encoder = deepcopy(tiny_encoder)
+    encoder.model.layers[index] = Skip()
+    number = range(len(encoder.model.layers))[index]
+    with pytest.raises(ValueError, match=rf"layers.{number}.attention.query.weight is nowhere, by the config"):
+        encoder.save_pretrained(tmp_path / "cut")
+
+
 def test_a_parametrized_model_is_not_saved_as_published(tiny_encoder: SentenceEncoder, tmp_path: Path) -> None:
     encoder = deepcopy(tiny_encoder)
     nn.utils.parametrizations.weight_norm(encoder.model.get_submodule("layers.0.attention.value"))
