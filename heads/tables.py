@@ -20,6 +20,12 @@ DEMO = Path(__file__).with_name("demo.csv")
 SPLITS = ("train", "validation", "test")
 SAY_WHICH = "say which by --text COLUMN and --task NAME=COLUMN (of a file for one task: --train NAME=FILE)"
 
+CSV_ERRORS = {  # what csv says: what we say
+    "unexpected end of data": "a quote is opened and not closed",
+    "expected after": "something follows a cell's closing quote (inside a cell quotes are written twice)",
+    "new-line character": "a carriage return stands alone: save the file with LF or CRLF at the end of lines",
+}
+
 
 class DataError(ValueError):
     """Something is wrong with a data file; the message says where (file and line) and what."""
@@ -119,6 +125,7 @@ def _table_rows(
         separator, reader = "tabs", csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
     else:
         separator, reader = "commas", csv.reader(lines, strict=True)
+    line = 1
     try:
         names = [name.strip() for name in next(reader, [])]
         if repeated := [name for name in names if name and names.count(name) > 1]:
@@ -140,7 +147,9 @@ def _table_rows(
                 yield line, dict(zip(names, cells, strict=True))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}") from error
+        reason = next((ours for theirs, ours in CSV_ERRORS.items() if theirs in str(error)), str(error))
+        end = f" (line {reader.line_num} still belongs to it)" if reader.line_num > line else ""
+        raise DataError(f"{path}, line {line}{end}: {reason}") from error
 
 
 def _json_rows(path: Path, lines: Iterator[str], used: set[str | None]) -> Iterator[tuple[int, dict[str, str]]]:
