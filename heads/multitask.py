@@ -17,7 +17,7 @@ from minibert.freezing import keep_frozen_in_eval
 from minibert.model import uncompiled, unwrapped
 from minibert.modes import evaluating
 from minibert.sentence_encoder import check_batch_size, has_plain_forward
-from minibert.tokenizer import as_list
+from minibert.tokenizer import as_list, check_tokenizer
 from weights import CheckpointError, resolve
 from weights.checkpoint import HEADS
 from weights.hub import TOKENIZER_FILES
@@ -62,7 +62,7 @@ class MultiTaskModel(nn.Module):
         tokenizer: needed by `predict` only; saved with the rest.
 
     Raises:
-        TypeError: the encoder is no BertModel.
+        TypeError: the encoder is no BertModel, or the tokenizer no `Tokenizer`.
         ValueError: a name that cannot be one, a head that is no Module, labels of a task without a head; an
             `MLPHead` or a `Linear` of another width than the encoder's, or with more or fewer classes than
             labels.
@@ -80,6 +80,8 @@ class MultiTaskModel(nn.Module):
         if not isinstance(uncompiled(encoder), BertModel):
             where = ": its .model" * isinstance(encoder, SentenceEncoder)
             raise TypeError(f"encoder is a {type(encoder).__name__}, give the BertModel in it{where}")
+        if tokenizer is not None:
+            check_tokenizer(tokenizer)
         labels = labels or {}
         if unknown := sorted(labels.keys() - heads.keys()):
             raise ValueError(f"labels are given for {unknown[0]!r}, the heads are: {', '.join(heads)}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from minibert.attention import AttentionFunction
+from minibert.attention import ATTENTION_FUNCTIONS, AttentionFunction
 from minibert.config import BertConfig
 from minibert.fast_attention import varlen_attention
 from minibert.fused_layers import FusedEmbeddings, FusedLayer, is_untouched
@@ -100,7 +100,8 @@ class _Kept:
     def _parts(self, model: BertModel) -> list[object]:
         """All parts, settings, functions and parameters."""
         own = (value for name, value in vars(model).items() if name != "_kept")
-        return [*own, *chain.from_iterable(map(dict.values, self.namespaces))]
+        attend = ATTENTION_FUNCTIONS.get(model.attention)
+        return [attend, *own, *chain.from_iterable(map(dict.values, self.namespaces))]
 
     def _numbers(self, dtype: torch.dtype | None) -> list[object]:
         """What changes when one is written to or moved, or a hook is set; of inference tensors, always."""

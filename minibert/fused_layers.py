@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert import amx, onednn
-from minibert.attention import SelfAttention
+from minibert.attention import ATTENTION_FUNCTIONS, SelfAttention, eager_attention, sdpa_attention
 from minibert.embeddings import Embeddings
 from minibert.fast_dropout import FastDropout
 from minibert.layers import ACTIVATIONS, EncoderLayer, FeedForward
@@ -171,7 +171,8 @@ def is_untouched(model: BertModel) -> bool:
     Each part is of the class that `BertModel` puts there, with its parameters and functions, and without a
     hook. Sizes and values may differ, but query, key and value are of one size.
     """
-    if model.attention not in ("sdpa", "eager", "packed"):
+    ours = {"sdpa": sdpa_attention, "eager": eager_attention, "packed": None}  # which no function does
+    if model.attention not in ours or ATTENTION_FUNCTIONS.get(model.attention) is not ours[model.attention]:
         return False
     with without_numbers():
         originals = dict(BertModel(replace(model.config, num_hidden_layers=1)).named_modules())

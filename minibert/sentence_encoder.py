@@ -26,7 +26,7 @@ from minibert.onednn import onednn_products
 from minibert.packing import Packing, send, sum_by_halves
 from minibert.pooling import cls_pooling, mean_pooling
 from minibert.sentence_transformers_files import module_files, read_modules
-from minibert.tokenizer import Tokenizer, as_iterable
+from minibert.tokenizer import Tokenizer, as_iterable, check_tokenizer
 from weights import resolve
 from weights.hub import OPTIONAL_FILES, TOKENIZER_FILES
 
@@ -49,6 +49,8 @@ class SentenceEncoder(nn.Module):
     An `nn.Module`: `.to("cuda")`, and `forward` can be trained.
 
     Raises:
+        TypeError: the model is no BertModel (nor anything that has its config, device and dtype), or the
+            tokenizer no `Tokenizer`.
         ValueError: `pooling` is neither, or `dtype` no dtype for it.
     """
 
@@ -63,6 +65,9 @@ class SentenceEncoder(nn.Module):
         compile: bool = False,
     ) -> None:
         super().__init__()
+        if not all(hasattr(model, name) for name in ("config", "device", "dtype")):
+            raise TypeError(f"model is a {type(model).__name__}, it must be a BertModel")
+        check_tokenizer(tokenizer)
         check_dtype(dtype)
         self.model = model
         self.tokenizer = tokenizer

@@ -183,6 +183,13 @@ class Tokenizer:
             return tokenizer_files(self.backend, self.special_tokens, self.max_length)
 
 
+def check_tokenizer(tokenizer: object) -> None:
+    """Raises TypeError unless it is a `Tokenizer`."""
+    if not isinstance(tokenizer, Tokenizer):
+        kind = f"{type(tokenizer).__module__.partition('.')[0]}.{type(tokenizer).__name__}"
+        raise TypeError(f"tokenizer is a {kind}, it must be what minibert.Tokenizer.from_pretrained gives")
+
+
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Rows of unequal length -> (B, T) int64, filled up with `value` on the right."""
     longest = max(map(len, rows))

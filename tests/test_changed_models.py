@@ -237,6 +237,15 @@ def test_a_change_is_seen(
     assert relative(after, reference(encoder, texts)) < 1e-6
 
 
+def test_another_function_under_the_same_name(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, texts = two_layers(minilm), ["one text", "and another one"]
+    before = encoder.encode(texts, convert_to_tensor=True)
+    monkeypatch.setitem(ATTENTION_FUNCTIONS, "sdpa", uniform_attention)
+    after = encoder.encode(texts, convert_to_tensor=True)
+    assert relative(after, before) > 1e-3
+    assert relative(after, reference(encoder, texts)) < 1e-6
+
+
 def test_new_data_where_the_old_was(minilm: Path) -> None:
     torch.manual_seed(0)
     config = BertConfig(hidden_size=12, num_attention_heads=3, num_hidden_layers=1, intermediate_size=70_000)

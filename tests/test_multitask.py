@@ -5,6 +5,7 @@ import math
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -491,6 +492,15 @@ def test_an_encoder_of_another_kind(small: Path) -> None:
     around: Any = nn.Sequential(encoder.model)
     with pytest.raises(TypeError, match=r"a Sequential, give the BertModel in it$"):
         MultiTaskModel(around, {})
+    whole: Any = MultiTaskModel(encoder.model, {})
+    with pytest.raises(TypeError, match=r"model is a MultiTaskModel, it must be a BertModel"):
+        SentenceEncoder(whole, encoder.tokenizer)
+    theirs: Any = encoder.tokenizer.backend
+    for with_tokenizer in (partial(SentenceEncoder, encoder.model), partial(MultiTaskModel, encoder.model, {})):
+        with pytest.raises(
+            TypeError, match=r"tokenizer is a tokenizers.Tokenizer, it must be what minibert.Tokenizer"
+        ):
+            with_tokenizer(tokenizer=theirs)
 
 
 def test_labels_that_are_none() -> None:
