@@ -19,6 +19,7 @@ from weights.json_files import to_json
 
 LEGIBLE = 40  # so many classes can be written beside a matrix
 LISTED = 8  # and so many in a line
+LONGEST = 24  # characters of a label that are written beside a matrix
 Results = Mapping[str, Mapping[str, TaskMetrics]]  # set -> task -> metrics
 
 
@@ -70,9 +71,14 @@ def print_sets(sets: Mapping[str, SentenceDataset], labels: Mapping[str, Sequenc
     for task, names in labels.items() if "train" in sets else ():
         counts = Counter(sets["train"].labels[task].tolist())
         del counts[MISSING]
-        listed = ", ".join(f"{names[index]} {count:,}" for index, count in counts.most_common(LISTED))
+        listed = ", ".join(f"{one_line(names[index])} {count:,}" for index, count in counts.most_common(LISTED))
         more = f", and {len(counts) - LISTED} more" * (len(counts) > LISTED)
         print(f"  {task:<12} {listed or 'no label'}{more}")
+
+
+def one_line(label: str) -> str:
+    """A label as it can stand in a line."""
+    return " ".join(label.split())
 
 
 def print_epoch(title: str, record: Mapping[str, Any], majorities: Mapping[str, float | None]) -> None:
@@ -143,7 +149,7 @@ def percent(value: float | None) -> str:
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    escaped = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in [header, *rows]]
+    escaped = [[one_line(cell.replace("|", "\\|")) for cell in row] for row in [header, *rows]]
     lines = [escaped[0], ["---"] * len(header), *escaped[1:]]
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
@@ -236,12 +242,14 @@ def draw(
             axes = figure.subplots()
             axes.imshow(m.confusion, cmap="Blues")
             if len(classes) <= LEGIBLE:
+                dark = max(map(max, m.confusion)) / 2
                 for i, row in enumerate(m.confusion):
                     for j, count in enumerate(row):
-                        axes.text(j, i, str(count), ha="center", va="center")
-                ticks = range(len(classes))  # a label is text, also with a $ in it
-                axes.set_xticks(ticks, classes, rotation=45, ha="right", parse_math=False)
-                axes.set_yticks(ticks, classes, parse_math=False)
+                        color = "white" if count > dark else "black"
+                        axes.text(j, i, str(count), ha="center", va="center", color=color)
+                ticks, shown = range(len(classes)), [one_line(name)[:LONGEST] for name in classes]
+                axes.set_xticks(ticks, shown, rotation=45, ha="right", parse_math=False)  # a $ is a $
+                axes.set_yticks(ticks, shown, parse_math=False)
             axes.set(xlabel="predicted", ylabel="true", title=f"{task}, {name}")
             save(figure, f"confusion-{name}-{task}.png")
     return names

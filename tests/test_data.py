@@ -104,12 +104,12 @@ def test_sentences_that_are_trained_on_prove_little(tmp_path: Path) -> None:
 
 
 def test_many_labels_in_a_line(minilm: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = tuple("abcdefghij")
+    names = (*"abcdefghi", "two\nlines")
     examples = [Example("t", {"kind": name}) for name in names + names[2:]]
     dataset = SentenceDataset(examples, Tokenizer.from_pretrained(minilm), {"kind": names, "x": ()})
     print_sets({"train": dataset}, {"kind": names, "x": ()})
     kinds, others = capsys.readouterr().out.splitlines()[1:]
-    assert kinds == "  kind         c 2, d 2, e 2, f 2, g 2, h 2, i 2, j 2, and 2 more"
+    assert kinds == "  kind         c 2, d 2, e 2, f 2, g 2, h 2, i 2, two lines 2, and 2 more"
     assert others == "  x            no label"
 
 

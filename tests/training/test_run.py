@@ -1,5 +1,6 @@
 """What a run does, and what it leaves."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -118,13 +119,16 @@ def test_a_library_that_cannot_draw_costs_no_results(
 
 @pytest.mark.plots
 def test_odd_label_names(small: Path, tmp_path: Path) -> None:
-    labels = ["<$10", "$10_$20", "a|b", "\u4e2d\u6587", "x^2_"]
-    rows = [(f"sentence {i}", labels[i % 5]) for i in range(30)]
+    long = "y " * 149 + "y"
+    labels = ["<$10", "$10_$20", "a|b", "\u4e2d\u6587", "x^2_", long]
+    rows = [(f"sentence {i}", labels[i % 6]) for i in range(60)]
     data = table(tmp_path / "a.csv", [("text", "price"), *rows])
     command = f"--model {small} --train {data} --task price=price --epochs 1 --output {tmp_path / 'run'}"
     assert train.main(command.split()) == 0
     text = (tmp_path / "run" / "report.md").read_text()
-    assert "| price | $10_$20 | <$10 | a\\|b | x^2_ | \u4e2d\u6587 |" in text
+    assert f"| price | $10_$20 | <$10 | a\\|b | x^2_ | {long} | \u4e2d\u6587 |" in text
+    drawn = (tmp_path / "run" / "confusion-validation-price.png").exists()
+    assert drawn == bool(importlib.util.find_spec("matplotlib"))
     predictions = MultiTaskModel.from_pretrained(tmp_path / "run" / "best").predict(["x"])
     assert predictions[0]["price"]["label"] in labels
 
