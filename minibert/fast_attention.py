@@ -33,7 +33,7 @@ WHOLE_FROM, WHOLE_FROM_BFLOAT16 = 65, 12
 
 
 def choose_attention(states: Tensor, length: int, dropout_p: float) -> AttentionFunction:
-    """For texts of `length` tokens each, without a mask, on states like these, (..., D)."""
+    """For texts of `length` tokens each, without a mask, on states like these, (N, tokens, D)."""
     head_size = states.shape[-1]
     if dropout_p and states.is_cpu:  # the fused attention would draw torch's own numbers
         return partial(eager_attention, dropout=fast_dropout)
@@ -108,7 +108,28 @@ def choose_fused_attention(states: Tensor, length: int) -> AttentionFunction:
     whole_from = WHOLE_FROM_BFLOAT16 if dtype == torch.bfloat16 else WHOLE_FROM
     if HAS_AVX512 and length >= whole_from and length % VECTOR > MOST_SINGLY and not torch.is_grad_enabled():
         attend = partial(whole_vectors_attention, attend=attend, keys_mask=_keys_mask(length, dtype))
-    return attend
+    return partial(one_head_attention, attend=attend) if states.shape[-3] == 1 else attend
+
+
+def one_head_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    *,
+    attend: AttentionFunction,
+) -> tuple[Tensor, Tensor | None]:
+    """`attend` for models with one head. A text that is alone is computed twice.
+
+    PyTorch shares heads out among its threads. It starts none for a single one, whose products MKL then
+    shares out, and sums in another order.
+    """
+    if len(query) > 1:
+        return attend(query, key, value, mask, dropout_p)
+    query, key, value = (states.expand(2, -1, -1, -1) for states in (query, key, value))
+    context, weights = attend(query, key, value, mask, dropout_p)
+    return context[:1], weights
 
 
 def whole_vectors_attention(

@@ -220,11 +220,12 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(
 
 @needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
-@pytest.mark.parametrize("length", [7, 12, 39, 40, 65, 100, 300])
-def test_attention_does_not_depend_on_the_other_texts(length: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("heads", [1, 12])
+@pytest.mark.parametrize("length", [5, 7, 12, 20, 39, 40, 65, 100, 300])
+def test_attention_does_not_depend_on_the_other_texts(length: int, heads: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     texts, available = 9, torch.get_num_threads()
-    states = torch.randn(3, 12, texts * length, 64).to(dtype)
+    states = torch.randn(3, heads, texts * length, 64).to(dtype)
     try:
         for threads in THREADS:
             torch.set_num_threads(threads)
