@@ -180,6 +180,8 @@ main({["encode", "--model", str(small), str(text), "-o", str(text.with_name("out
         (["--no-normalize"], "normalize_embeddings True instead of False"),
         (["--dtype", "bfloat16"], "dtype float32 instead of bfloat16"),
         ("text", "out.npy.part was made otherwise, with another text"),
+        ("line", "out.npy.part was made otherwise, with another text"),
+        ("pooling", "pooling mean instead of cls"),
         ("model", "out.npy.part was made otherwise, with another model"),
         ("tokenizer", "out.npy.part was made otherwise, with another model"),
     ],
@@ -198,10 +200,14 @@ def test_another_run_cannot_be_gone_on_with(
     model = small
     if change == "text":
         text.write_text("\n".join(LINES[::-1]) + "\n")
-    elif change in ("model", "tokenizer"):
+    elif change == "line":  # a letter of the second one is the first one's
+        text.write_text("\n".join([LINES[0] + LINES[1][0], LINES[1][1:], *LINES[2:]]) + "\n")
+    elif change in ("model", "tokenizer", "pooling"):
         model = text.parent / "model"
         encoder = SentenceEncoder.from_pretrained(small)
-        if change == "model":
+        if change == "pooling":
+            encoder.pooling = "cls"
+        elif change == "model":
             with torch.no_grad():
                 encoder.model.get_parameter("layers.1.feed_forward.up.bias")[5] += 1e-3
         else:
@@ -269,6 +275,29 @@ def test_a_kill_between_the_two_renames(small: Path, text: Path) -> None:
     assert files(text) == {"out.npy", "out.npy.json"}
 
 
+def test_a_kill_while_an_older_array_is_replaced(
+    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The older one's record must not be taken for the new one's."""
+    assert encode(small, text) == 0
+    text.write_text("\n".join(LINES[::-1]) + "\n")
+    replace = Path.replace
+
+    def then_die(path: Path, target: Path) -> None:
+        replace(path, target)
+        if path.name == "out.npy.part":
+            raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", then_die)
+        with pytest.raises(SystemExit):
+            encode(small, text)
+    assert files(text) == {"out.npy", "out.npy.part.json"}
+    assert encode(small, text, "--resume") == 0
+    assert files(text) == {"out.npy", "out.npy.json"}
+    assert_holds(text, small, LINES[::-1])
+
+
 def test_a_stopped_run_counts_for_more_than_an_older_whole_one(
     small: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +340,7 @@ def test_a_text_that_changes_meanwhile(
             lambda out: np.save(out, np.zeros((1, 36), np.float32)),
             "out.npy holds float32 (1, 36), not float32 (23, 36)",
         ),
+        (lambda out: np.save(out, np.zeros((23, 36))), "out.npy holds float64 (23, 36), not float32 (23, 36)"),
     ],
 )
 def test_a_damaged_result_is_not_called_whole(

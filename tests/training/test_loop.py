@@ -61,21 +61,25 @@ def test_cached_features_give_the_same_run(main: Main, freeze: str, monkeypatch:
         return features.fill(*arguments)
 
     monkeypatch.setattr(train, "fill", noting)
-    cached = main("cached", f"--freeze {freeze} --epochs 4 --lr 1e-3")
+    options = f"--freeze {freeze} --epochs {9 if freeze == 'gradual:2' else 4} --lr 1e-3"
+    cached = main("cached", options)
     expected = {
         "backbone": [3],
         "layers:1": [1],
         "layers:2,head:type": [2],
-        "gradual:2": [3, 2],
+        "gradual:2": [3, 2, 1, 0],  # and in the ninth epoch nothing is frozen any more
     }[freeze]
     assert filled == expected
-    computed = main("computed", f"--freeze {freeze} --epochs 4 --lr 1e-3 --feature-cache-mb 0")
+    computed = main("computed", f"{options} --feature-cache-mb 0")
     assert filled == expected  # nothing more
     a, b = steps(cached), steps(computed)
     first = [record["losses"] for record in a if record["epoch"] == 0]
     assert first == [record["losses"] for record in b if record["epoch"] == 0]  # to the last bit
     for x, y in zip(a, b, strict=True):
         assert x["losses"] == pytest.approx(y["losses"], rel=1e-4)
+    for x, y in zip(epochs(cached), epochs(computed), strict=True):
+        for task, scores in x["validation"].items():
+            assert scores["loss"] == pytest.approx(y["validation"][task]["loss"], rel=1e-4)
     old, new = (MultiTaskModel.from_pretrained(run / "last") for run in (cached, computed))
     for p, q in zip(old.parameters(), new.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
