@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer, sentence_encoder
+from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer, fast_inference, sentence_encoder
 from minibert.attention import ATTENTION_FUNCTIONS
 from minibert.fast_dropout import use_fast_dropout
 from minibert.fast_inference import fast_copy
@@ -238,6 +238,24 @@ def test_a_change_is_seen(
     after = encoder.encode(texts, convert_to_tensor=True)
     assert relative(after, before) > 1e-3
     assert relative(after, reference(encoder, texts)) < 1e-6
+
+
+def test_an_old_copy_is_freed_before_its_successor_takes_as_much(
+    minilm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = two_layers(minilm)
+    encoder.encode("one text")
+    old = weakref.ref(vars(encoder.model)["_kept"].copy)
+    make, was_there = fast_inference._Kept, []
+
+    def noting(*arguments: Any) -> Any:
+        was_there.append(old() is not None)
+        return make(*arguments)
+
+    monkeypatch.setattr(fast_inference, "_Kept", noting)
+    nn.init.ones_(encoder.model.get_parameter("layers.0.feed_forward.up.bias"))
+    encoder.encode("one text")
+    assert was_there == [False]
 
 
 def test_another_function_under_the_same_name(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,7 +270,7 @@ def test_what_is_no_number_stays_none(minilm: Path, act: str, dtype: torch.dtype
     assert np.isnan(encoder.encode(["one", "another text"])).all()
 
 
-@pytest.mark.parametrize("zebras", [(12,), (12, 70, 75)])
+@pytest.mark.parametrize("zebras", [(70,), (12, 70, 75)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_text_without_finite_numbers_leaves_others_alone(
     minilm: Path, dtype: torch.dtype, zebras: tuple[int, ...]
@@ -281,6 +281,7 @@ def test_a_text_without_finite_numbers_leaves_others_alone(
         encoder.model.embeddings.word.weight[zebra] = torch.inf
     lengths = (12, 70, 75)
     texts = [f"{w} " * n for n in lengths for w in ("cat", "zebra" if n in zebras else "horse", "dog")]
+    texts += [f"{'dog ' * 90} {i}" for i in range(9)]  # which come first, more of them than there are layers
     together = encoder.encode(texts)
     assert np.isnan(together).any(1).tolist() == ["zebra" in text for text in texts]
     np.testing.assert_array_equal(together, np.stack([encoder.encode(text) for text in texts]))
