@@ -165,7 +165,7 @@ class SentenceEncoder(nn.Module):
         """Embeds one sentence as (H,), several as (n, H) in the order given, none as (0, H).
 
         A sentence's numbers are the same to the last bit whatever else is encoded with it (where:
-        docs/performance.md). In float32 they differ from those of `forward`, which pads, by at most
+        docs/performance.md). In float32 each differs from that of `forward`, which pads, by at most
         1e-6 of the embedding's length. (Where a part of the model is not ours, or has a hook, `forward` is
         called with the ids and a mask of texts of one length at a time: slower, in the model's own dtype,
         not compiled, and bits may depend on the batch.)
