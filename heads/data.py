@@ -82,9 +82,7 @@ def stratified_split(examples: Sequence[Example], fraction: float) -> tuple[list
     generator = torch.Generator().manual_seed(0)
     keys = sorted(strata, key=repr)
     keys = [keys[i] for i in torch.randperm(len(keys), generator=generator).tolist()]
-    keys.sort(
-        key=lambda key: -(fraction * len(strata[key]) % 1)
-    )  # of equals the one that rounding takes most from
+    keys.sort(key=lambda key: -(fraction * len(strata[key]) % 1))  # first what rounding down takes most from
     sizes = {key: len(strata[key]) for key in keys}
     counts = _shares(sizes, fraction, max(1, round(fraction * len(together))))
     rest = Counter(label for example in examples for label in example.labels.items())
@@ -121,7 +119,7 @@ def _shares(sizes: Mapping[tuple[object, ...], int], fraction: float, total: int
     available = torch.tensor(list(sizes.values()))
     wanted = fraction * available.double()
     counts = wanted.long()
-    lacking = torch.full((len(place) + 1,), -0.5, dtype=torch.float64)  # half of one less: it is to be rounded
+    lacking = torch.full((len(place) + 1,), -0.5, dtype=torch.float64)  # one too few is as bad as one too many
     lacking.index_add_(0, members.flatten(), (wanted - counts).repeat_interleave(members.shape[1]))
     for _ in range(total - int(counts.sum())):
         lacking[-1] = 0  # fills up combinations of fewer labels
