@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -47,15 +48,23 @@ def _warn_of_odd_labels(task: str, labels: set[str]) -> None:
     for label in sorted(labels):
         other = spelt.setdefault(normalized(label).removesuffix(".0"), label)
         if other != label:
+            alike = unicodedata.normalize("NFKC", other) == unicodedata.normalize("NFKC", label)
+            one, two = map(ascii if alike else repr, (other, label))
             warnings.warn(
-                f"{other!r} and {label!r} are two labels of {task}: write them in one way if they are one",
+                f"{one} and {two} are two labels of {task}: write them in one way if they are one",
                 stacklevel=1,
             )
             return
 
 
 def normalized(text: str) -> str:
-    """In small letters with single spaces: equal for texts that differ in nothing else."""
+    """In small letters with single spaces: equal for texts that differ in nothing else.
+
+    An accent is one with its letter, however it was encoded, and what has no width is left out.
+    """
+    if not text.isascii():
+        shown = unicodedata.normalize("NFKC", text)
+        text = "".join(character for character in shown if unicodedata.category(character) != "Cf")
     return " ".join(text.lower().split())
 
 

@@ -253,9 +253,17 @@ def test_a_text_in_two_files_is_held_out_in_both_or_in_none() -> None:
     assert [e.text for e in rest if e.labels["a"] == "x"] == ["one", "one"]  # its label is nowhere else
 
 
-@pytest.mark.parametrize("second", ["Text number {}", "text number  {} "])
-def test_spaces_and_capitals_do_not_make_another_text(second: str) -> None:
-    forms = ("text number {}", second)
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("text number {}", "Text number {}"),
+        ("text number {}", "text number  {} "),
+        ("caf\u00e9 number {}", "cafe\u0301 number {}"),  # which a tokenizer makes the same ids of
+        ("text number {}", "\ufefftext num\u00adber\u200b {}"),
+    ],
+)
+def test_another_spelling_is_no_other_text(first: str, second: str) -> None:
+    forms = (first, second)
     examples = [Example(form.format(i), {"a": "xy"[i % 2]}) for form in forms for i in range(100)]
     rest, held = stratified_split(examples, 0.1)
     numbers = [{e.text.split()[-1] for e in some} for some in (rest, held)]
@@ -269,6 +277,11 @@ def test_spaces_and_capitals_do_not_make_another_text(second: str) -> None:
         (["pos", "neg", "nan"], "'nan' is a label of a: if it means none, empty the cells"),
         (["1", "0", "1.0"], "'1' and '1.0' are two labels of a: write them in one way if they are one"),
         (["New York", "new  york"], "'New York' and 'new  york' are two labels of a: write them in one way"),
+        (
+            ["caf\u00e9", "cafe\u0301"],
+            r"'cafe\\u0301' and 'caf\\xe9' are two labels of a: write them in one way",
+        ),
+        (["good", "good\u200b"], r"'good' and 'good\\u200b' are two labels of a: write them in one way"),
     ],
 )
 def test_labels_as_other_programs_write_them(labels: list[str], warning: str) -> None:
