@@ -61,6 +61,19 @@ def _warn_of_seen(sets: dict[str, list[Example]]) -> None:
             )
 
 
+def _warn_of_shared_columns(name: str, path: str, tasks: dict[str, str]) -> None:
+    """Warns where a file of all tasks gives two of them the same labels: it may be a file of one of them."""
+    first: dict[str, str] = {}
+    for task, column in tasks.items():
+        if (other := first.setdefault(column, task)) != task:
+            warnings.warn(
+                f"--{name} {path}: {other} and {task} both take their labels from its column {column!r}: "
+                f"if it is a file for one of them, say --{name} {other}={path}",
+                stacklevel=1,
+            )
+            return
+
+
 def read_files(options: Options, name: str, tasks: dict[str, str]) -> list[Example]:
     """One set from its files: FILE holds all tasks, TASK=FILE one.
 
@@ -71,6 +84,7 @@ def read_files(options: Options, name: str, tasks: dict[str, str]) -> list[Examp
         task, equals, path = given.partition("=")
         if not equals or Path(given).exists():
             path, columns = given, tasks
+            _warn_of_shared_columns(name, path, tasks)
         elif task in tasks:
             columns = {task: tasks[task]}
         else:

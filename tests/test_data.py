@@ -103,6 +103,19 @@ def test_sentences_that_are_trained_on_prove_little(tmp_path: Path) -> None:
         read_sets(read_options(options))
 
 
+def test_a_file_that_may_be_for_one_task(tmp_path: Path) -> None:
+    """Where each task has its file, one without the task's name counts for all."""
+    a = write(tmp_path / "a.csv", "text,label\none,0\ntwo,1\n")
+    b = write(tmp_path / "b.csv", "text,label\nthree,0\nfour,1\n")
+    c = write(tmp_path / "c.csv", "text,label\nfive,0\nsix,1\n")
+    options = ["--train", f"a={a}", "--train", f"b={b}", "--task", "a=label", "--task", "b=label"]
+    with pytest.warns(
+        UserWarning, match=r"--validation .*c.csv: a and b both take their labels from its column"
+    ):
+        read_sets(read_options([*options, "--validation", str(c)]))
+    read_sets(read_options([*options, "--validation", f"b={c}"]))
+
+
 def test_many_labels_in_a_line(minilm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = (*"abcdefghi", "two\nlines")
     examples = [Example("t", {"kind": name}) for name in names + names[2:]]
