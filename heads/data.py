@@ -19,7 +19,8 @@ from minibert import Tokenizer
 from minibert.tokenizer import pad
 
 NOTHING = {"nan", "NaN", "N/A", "NA", "<NA>", "null", "NULL", "None"}  # as other programs write it
-POOL = 16  # so many batches' sentences are sorted by length together
+POOL = 16  # so many batches' sentences are sorted by length together,
+POOLS = 4  # but at most one of so many parts: sorted as a whole, few would make the same batches in every epoch
 
 
 def label_names(examples: Sequence[Example], tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -235,8 +236,8 @@ def epoch_batches(
 ) -> list[list[int]]:
     """The batches of one epoch, as indices into the dataset; the same for the same seed and epoch.
 
-    Sentences are shuffled, sorted by length among the next `POOL` batches' worth, cut into batches, and
-    the batches shuffled, so that little is padded and no order is learned.
+    Sentences are shuffled, sorted by length among the next `POOL` batches' worth (in a small set fewer), cut
+    into batches, and the batches shuffled, so that little is padded and no order is learned.
 
     Args:
         batch_size: sentences in a batch.
@@ -249,9 +250,8 @@ def epoch_batches(
     if uniform:
         order = _evenly(order, dataset.sources, generator)
     lengths = [len(ids) for ids in dataset.ids]
-    pool = POOL * batch_size
-    if batch_tokens is not None:
-        pool = max(1, POOL * batch_tokens * len(lengths) // sum(lengths))
+    size = batch_size if batch_tokens is None else max(1, batch_tokens * len(lengths) // sum(lengths))
+    pool = size * min(POOL, max(1, len(order) // (POOLS * size)))
     batches = []
     for start in range(0, len(order), pool):
         together = sorted(order[start : start + pool], key=lengths.__getitem__)  # stable

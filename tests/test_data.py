@@ -397,6 +397,14 @@ def test_batches_differ_by_epoch_and_seed_and_pad_little() -> None:
     assert abs(torch.corrcoef(torch.tensor([means, list(range(63))]))[0, 1]) < 0.3  # not by length
 
 
+@pytest.mark.parametrize("count", [60, 200])
+def test_no_batch_of_a_small_set_comes_twice(count: int) -> None:
+    dataset = lengths_dataset(list(range(1, count + 1)))
+    epochs = [epoch_batches(dataset, epoch, seed=0, batch_size=16) for epoch in range(5)]
+    batches = [frozenset(batch) for epoch in epochs for batch in epoch]
+    assert len(set(batches)) == len(batches) == 5 * -(-count // 16)
+
+
 def test_uniform_mixing_draws_as_often_from_a_small_file() -> None:
     dataset = lengths_dataset([5] * 100, [0] * 80 + [1] * 20)
     drawn: Counter[int] = Counter()
