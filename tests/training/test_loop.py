@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -10,8 +11,11 @@ import pytest
 import torch
 
 import train
-from heads import MultiTaskLoss, MultiTaskModel, features
+from heads import MLPHead, MultiTaskLoss, MultiTaskModel, features
 from heads.options import Options
+from heads.training_state import Progress
+from minibert import BertModel
+from minibert.freezing import FreezePlan
 from tests.training.conftest import Main, a_new_head_may_be_frozen, epochs, steps
 
 
@@ -22,8 +26,22 @@ def test_early_stopping(main: Main) -> None:
     assert json.loads((run / "last/training.json").read_text())["finished"]
 
 
+def test_patience_counts_from_the_best_epoch() -> None:
+    progress = Progress({})
+    judged = [(progress.judge(score), progress.stale) for score in (1.0, 0.0, 2.0, 2.0, 1.0)]
+    assert judged == [(True, 0), (False, 1), (True, 0), (False, 1), (False, 2)]
+
+
+def test_learned_weights_of_losses_do_not_decay(small: Path) -> None:
+    model = MultiTaskModel(BertModel.from_pretrained(small), {"a": MLPHead(36, 5, 2)})
+    loss = MultiTaskLoss(["a"], uncertainty=True)
+    plan = FreezePlan("all", head_lr=0.5, weight_decay=0.1)  # which does not freeze them
+    (group,) = train.parameter_groups(plan, train.TrainingStep(model, loss), 0)
+    assert group == {"params": [loss.log_variance], "lr": 0.5, "weight_decay": 0.0}
+
+
 def test_steps_instead_of_epochs(main: Main) -> None:
-    run = main("run", "--steps 11 --warmup 0.5 --lr 1e-3")
+    run = main("run", "--steps 11 --epochs 1 --warmup 0.5 --lr 1e-3")
     records = steps(run)
     assert len(records) == 11
     assert len(epochs(run)) == 2

@@ -100,10 +100,11 @@ def test_a_bad_config(tmp_path: Path, content: str, message: str, capsys: pytest
 
 def test_the_command_line_wins_over_the_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
-        '{"epochs": 3, "bf16": true, "lr": 0.1, "loss_weight": ["a=1", "b=2"]}'
+        '{"epochs": 3, "bf16": true, "lr": 0.1, "loss_weight": ["a=1", "b=2"], "text": "--body"}'
     )
     options = read_options(["--config", str(tmp_path / "config.json"), "--epochs", "4", "--loss-weight", "c=3"])
     assert (options.epochs, options.bf16, options.lr, options.loss_weight) == (4, True, 0.1, ("c=3",))
+    assert options.text == "--body"
 
 
 @pytest.mark.parametrize("lr", ["", "--lr 1e-4", "--head-lr 1e-2", "--lr 1e-4 --head-lr 1e-2"])

@@ -154,7 +154,7 @@ def test_resuming_something_else_says_what_differs(
     output = tmp_path / "run"
     command = f"--model {small} --train {data} --task a=label --epochs 1 --output {output}"
     assert train.main(command.split()) == 0
-    assert train.main(f"{command} --resume".split()) == 0  # repeating the options is fine
+    assert train.main(f"{command} --resume --device cpu".split()) == 0  # repeating the options is fine
 
     def refused(options: str) -> str:
         capsys.readouterr()
@@ -165,9 +165,11 @@ def test_resuming_something_else_says_what_differs(
     assert "has other options: --freeze was none, is backbone" in refused("--freeze backbone")
     assert "--task was ('a=label',), is ('a=other',)" in refused("--task a=other")
     assert "--epochs was 1, is 2; --seed was 0, is 1" in refused("--seed 1 --epochs 2")
-    data.write_text(data.read_text() + "more,a,c\n")
-    assert "these sets have changed since" in refused("")
-    assert "train" in refused("")
+    header, *lines = data.read_text().splitlines()
+    for split in ("train", "test"):  # the latter is a set that was not there
+        marked = [f"{header},split", *(f"{line}," for line in lines), f"more,a,c,{split}"]
+        data.write_text("\n".join(marked) + "\n")
+        assert f"these sets have changed since {output} began: {split}" in refused("")
 
 
 def test_a_run_without_its_last_state_is_not_begun_again(
@@ -179,6 +181,12 @@ def test_a_run_without_its_last_state_is_not_begun_again(
     shutil.rmtree(run / "last")
     assert train.main(["--output", str(run), "--resume"]) == 2
     assert "last is not there any more, so the run cannot go on: begin another" in capsys.readouterr().err
+    assert [path.read_bytes() for path in kept] == before
+    # but one that died while its first epoch was saved is
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (first, _) = (i for i, line in enumerate(lines) if "validation" in line)
+    (run / "metrics.jsonl").write_text("".join(lines[: first + 1]))
+    assert train.main(["--output", str(run), "--resume"]) == 0
     assert [path.read_bytes() for path in kept] == before
 
 
@@ -194,7 +202,7 @@ def test_a_run_that_lost_a_part_does_not_go_on(
 
 def test_resuming_removes_nothing_of_others(main: Main) -> None:
     run = main("run", "--epochs 1")
-    names = [".venv.old", ".git.new", ".best.new", ".last.old"]
+    names = [".venv.old", ".git.new", ".best.new", ".last.old", ".saving-0a1b2c3d"]
     for name in names:
         (run / name).mkdir()
         (run / name / "file").touch()
@@ -252,6 +260,17 @@ def test_an_epoch_is_saved_before_it_is_printed(
     assert (tmp_path / "part" / "best").is_dir()
     assert train.main(f"--output {tmp_path / 'part'} --resume".split()) == 0
     assert_same_run(whole, tmp_path / "part")
+
+
+def test_a_second_signal_acts_at_once_and_later_ones_as_before(capfd: pytest.CaptureFixture[str]) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with catching_interrupts() as caught:
+        signal.raise_signal(signal.SIGINT)
+        assert caught == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert "stopping once all is saved" in capfd.readouterr().err
 
 
 def test_an_ignored_signal_stays_ignored() -> None:

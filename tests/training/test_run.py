@@ -76,6 +76,11 @@ def test_what_a_run_leaves(main: Main, tmp_path: Path) -> None:
         for metric, value in reported.items():
             assert value == pytest.approx(best["validation"][task][metric], rel=1e-5)
     text = (run / "report.md").read_text()
+    for r in epochs(run):
+        learned, held = r["train"]["type"], r["validation"]["type"]
+        numbers = [f"{learned['loss']:.3f}", f"{learned['accuracy']:.1%}"]
+        numbers += [f"{held['loss']:.3f}", f"{held['accuracy']:.1%}", f"{held['macro_f1']:.3f}"]
+        assert f"| {r['epoch'] + 1} | {r['step']} | type | {' | '.join(numbers)} |" in text
     assert re.search(r"layers\.0 +[\d,]+  frozen", text)
     assert "## Confusion on validation: rows are true, columns predicted" in text
     for name in ("best", "last"):
@@ -141,12 +146,16 @@ def test_columns_files_and_missing_labels(small: Path, tmp_path: Path) -> None:
         tmp_path / "a.csv", [("body", "k", "m"), ("one", "", "x"), ("two", "b", ""), ("3", "", ""), *rows]
     )
     held = table(tmp_path / "b.csv", [("body", "k", "m"), *((f"other {i}", *ks) for i, *ks in rows[:9])])
-    only = table(tmp_path / "c.csv", [("body", "k", "m"), ("no mood", "a", ""), ("none either", "b", "")])
+    only = table(tmp_path / "c.csv", [("body", "k", "m"), ("no mood", "a", ""), ("none either", "a", "")])
     command = f"--model {small} --train {whole} --validation {held} --test {only} --text body --task kind=k"
-    command += f" --task mood=m --epochs 1 --lr 1e-3 --output {tmp_path / 'run'}"
+    command += f" --task mood=m --epochs 2 --batch-size 33 --lr 1e-3 --output {tmp_path / 'run'}"
     assert train.main(command.split()) == 0
+    for step, epoch in zip(steps(tmp_path / "run"), epochs(tmp_path / "run"), strict=True):  # one batch each
+        assert {task: train["loss"] for task, train in epoch["train"].items()} == pytest.approx(step["losses"])
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["test"]["kind"]["accuracy"] in (0.0, 0.5, 1.0)
+    of_test = (tmp_path / "run" / "report.md").read_text().partition("## The best checkpoint on test")[2]
+    assert re.search(r"^\| kind \| .* \| 0\.0% \|$", of_test, re.MULTILINE)  # in training most are b
     assert report["test"]["mood"] == {"loss": None, "accuracy": None, "macro_f1": None, "confusion": []}
     assert MultiTaskModel.from_pretrained(tmp_path / "run" / "best").labels == {
         "kind": ("a", "b"),
@@ -159,7 +168,7 @@ def test_a_file_for_each_task(small: Path, tmp_path: Path, mixing: str) -> None:
     kinds = table(tmp_path / "k.csv", [("text", "label"), *((f"sentence {i}", "ab"[i % 2]) for i in range(60))])
     moods = table(tmp_path / "m.csv", [("text", "label"), *((f"words {i}", "xy"[i % 2]) for i in range(20))])
     command = f"--model {small} --train kind={kinds} --train mood={moods} --task kind=label --task mood=label"
-    command += f" --mixing {mixing} --epochs 1 --batch-size 8 --freeze backbone --output {tmp_path / 'run'}"
+    command += f" --mixing {mixing} --epochs 2 --batch-size 8 --freeze backbone --output {tmp_path / 'run'}"
     assert train.main(command.split()) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     held = {task: sum(cell["count"] for cell in m["confusion"]) for task, m in report["validation"].items()}
@@ -177,7 +186,10 @@ def test_a_task_without_validation_labels(
     command = f"--model {small} --train kind={kinds} --train mood={moods} --task kind=label --task mood=label"
     assert train.main(f"{command} --epochs 1 --freeze backbone --output {tmp_path / 'run'}".split()) == 0
     warning = "no validation sentence has a label for mood: best/ is chosen without it"
-    assert f"train.py: warning: {warning}" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert f"train.py: warning: {warning}" in captured.err
+    (mood,) = (line for line in captured.out.splitlines() if line.startswith("  mood         train:"))
+    assert mood.endswith("validation: loss -, accuracy -, macro-F1 -   (majority class -)")
 
 
 @a_new_head_may_be_frozen
@@ -188,7 +200,8 @@ def test_a_new_head_that_is_frozen(main: Main, tmp_path: Path, capsys: pytest.Ca
         in capsys.readouterr().err
     )
     main("second", f"--freeze head:sentiment --epochs 1 --model {run / 'best'}")
-    main("third", "--freeze gradual --epochs 1")
+    third = main("third", "--freeze gradual --epochs 2")
+    assert "in epoch 2:\n" in (third / "report.md").read_text()  # what the last one trained
     assert "warning" not in capsys.readouterr().err
     table(tmp_path / "d.csv", [("text", "a"), *((f"sentence {i}", "xy"[i % 2]) for i in range(20))])
     task = f"--train {tmp_path / 'd.csv'} --validation {tmp_path / 'd.csv'} --task new=a"
