@@ -58,6 +58,8 @@ def test_lines_are_counted_in_the_file_not_in_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", 'text,kind\n"two\nlines",x\n\n"next, please",y\n')
     examples = read_examples(path, "text", {"type": "kind"})
     assert [(e.text, e.where[-6:]) for e in examples] == [("two\nlines", "line 2"), ("next, please", "line 5")]
+    path = write(tmp_path / "b.csv", '"a\nkind", text\nx,one\n')  # and spaces around a name do not count
+    assert [e.where[-6:] for e in read_examples(path, "text", {"type": "a\nkind"})] == ["line 3"]
 
 
 def test_other_columns_can_hold_anything(tmp_path: Path) -> None:
@@ -85,7 +87,8 @@ def test_rows_marked_for_another_set_are_not_used(tmp_path: Path) -> None:
         read_sets(read_options(["--train", str(other), "--test", str(other), *options]))
     with pytest.raises(DataError, match=r"--split kinds: no row of any file has something in that column"):
         read_sets(read_options(["--train", str(other), "--split", "kinds", *options]))
-    renamed = write(tmp_path / "d.csv", "text,kind,part\na,x,train\nb,y,train\nb2,y,validation\nc,y,test\n")
+    renamed = write(tmp_path / "d.csv", "text,kind,part\na,x,train\nb,y,train\nb2,y,validation\nc,y, test \n")
+    renamed = renamed.rename(tmp_path / "type=d.csv")  # a file before it is a task and a file
     sets, _ = read_sets(read_options(["--train", str(renamed), "--split", "part", *options]))
     assert [example.text for example in sets["test"]] == ["c"]
     with pytest.raises(DataError, match=r"a.csv, line 4 is marked test, but --test is given too"):
@@ -204,8 +207,8 @@ def test_bad_files(tmp_path: Path, name: str, content: str | bytes, message: str
 
 
 def test_quotes_are_part_of_a_tsv(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.tsv", 'text\tkind\nplain\tx\n"He said ""no"""\tx\n')
-    with pytest.warns(UserWarning, match=r"a\.tsv, line 3: the quotes around the text belong to it"):
+    path = write(tmp_path / "a.TSV", 'text\tkind\nplain\tx\n"He said ""no"""\tx\n')
+    with pytest.warns(UserWarning, match=r"a\.TSV, line 3: the quotes around the text belong to it"):
         examples = read_examples(path, "text", {"type": "kind"})
     assert examples[1].text == '"He said ""no"""'
     csv = write(tmp_path / "a.csv", 'text,kind\n"He said ""no""",x\n"""No""",x\n')
@@ -390,7 +393,8 @@ def test_batches_differ_by_epoch_and_seed_and_pad_little() -> None:
     first = epoch_batches(dataset, 0, seed=0, batch_size=16)
     assert len(first) == 63
     assert first != epoch_batches(dataset, 1, seed=0, batch_size=16)
-    assert first != epoch_batches(dataset, 0, seed=1, batch_size=16)
+    assert first != (other := epoch_batches(dataset, 0, seed=1, batch_size=16))
+    assert other != epoch_batches(dataset, 1, seed=0, batch_size=16)
     padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in first)
     assert padded < 1.1 * sum(lengths)  # 1.85 in random batches
     means = [sum(lengths[i] for i in batch) / len(batch) for batch in first]
@@ -416,6 +420,13 @@ def test_uniform_mixing_draws_as_often_from_a_small_file() -> None:
         assert {counts[i] for i in range(80, 100)} <= {2, 3}
         drawn |= counts
     assert len(drawn) > 95  # those that waited come in another epoch
+    batches = epoch_batches(lengths_dataset([5] * 9, [0] * 8 + [1]), 0, seed=0, batch_size=10, uniform=True)
+    assert [sum(i < 8 for i in batch) for batch in batches] == [5]  # and as many of the other
+
+
+def test_a_batch_may_fill_its_budget() -> None:
+    batches = epoch_batches(lengths_dataset([5] * 8), 0, seed=0, batch_size=1, batch_tokens=10)
+    assert [len(batch) for batch in batches] == [2] * 4
 
 
 def test_collate() -> None:
