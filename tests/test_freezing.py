@@ -141,6 +141,13 @@ def test_frozen_parts_stay_in_eval_mode(
     assert not any(m.training for group in named_groups(model).values() for m in group.modules())
 
 
+def test_what_is_frozen_in_part_trains(model: MultiTaskModel) -> None:
+    layer = model.encoder.layers[0]
+    layer.attention.requires_grad_(False)
+    model.train()
+    assert all(m.training for m in layer.modules())
+
+
 @pytest.mark.parametrize(("spec", "epoch", "trained"), TRAINED)
 def test_nothing_is_saved_below_what_is_trained(
     model: MultiTaskModel, spec: str, epoch: int, trained: list[str]
@@ -281,6 +288,9 @@ def test_a_scheduler_that_sets_rates_of_its_own_goes_on(model: MultiTaskModel) -
         assert [group["lr"] for group in optimizer.param_groups] == rates
         optimizer.step()
         scheduler.step()
+    other = FreezePlan("layers:1", lr=0.5, head_lr=0.25).optimizer_groups(model)  # says something else
+    set_groups(optimizer, [*other, own])
+    assert [group["lr"] for group in optimizer.param_groups[:4]] == [0.5, 0.5, 0.25, 0.25]
 
 
 def test_another_rate_counts_beside_a_scheduler(model: MultiTaskModel) -> None:

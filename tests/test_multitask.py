@@ -100,6 +100,7 @@ def test_predict_by_a_forward_of_ones_own(small: Path) -> None:
     assert usual.tokenizer is not None
     model = Longest(usual.encoder, dict(usual.heads.items()), labels=LABELS, tokenizer=usual.tokenizer)
     expected = model.eval()(**usual.tokenizer(SENTENCES)).logits["type"].softmax(-1).amax(-1)
+    model.train()  # but predictions are without dropout
     for size in (None, 3):
         found = [prediction["type"]["probability"] for prediction in model.predict(iter(SENTENCES), size)]
         assert found == pytest.approx(expected.tolist(), rel=1e-5)
@@ -364,6 +365,7 @@ def test_the_statistics_of_a_head_have_the_dtype_of_its_weights(
     loaded = MultiTaskModel.from_pretrained(tmp_path, heads={"type": head()}, dtype=dtype)
     expected = saved.double()(ids).logits["type"]
     assert torch.allclose(loaded(ids).logits["type"], expected, atol=1e-12)
+    assert loaded.heads.state_dict()["type.0.num_batches_tracked"].dtype == torch.int64
 
 
 @pytest.mark.parametrize(
@@ -442,6 +444,11 @@ def test_the_mean_is_over_the_labels_present(seed: int, missing: float) -> None:
     assert float(total.detach()) == pytest.approx(sum(expected.values()), rel=1e-6)
     weighted, _ = MultiTaskLoss(["a", "b"], weights={"b": 0.25})(logits, labels)
     assert float(weighted.detach()) == pytest.approx(expected["a"] + 0.25 * expected["b"], rel=1e-6)
+    # as each of several processes divides, whose part of a common count may be below one
+    sums = {task: losses[task] * int((labels[task] != MISSING).sum()) for task in losses}
+    _, parts = MultiTaskLoss(["a", "b"])(logits, labels, {"a": 0.25, "b": 4.0})
+    assert float(parts["a"].detach()) == pytest.approx(4 * float(sums["a"].detach()), rel=1e-6)
+    assert float(parts["b"].detach()) == pytest.approx(float(sums["b"].detach()) / 4, rel=1e-6)
 
 
 def test_a_full_batch_gives_pytorchs_own_bits() -> None:
