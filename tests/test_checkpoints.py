@@ -77,6 +77,7 @@ def test_legacy_names_heads_and_position_ids(copy: Path, tiny: Path) -> None:
                 key = key.replace(new, old)
             renamed[f"bert.{key}"] = tensor
         renamed["bert.embeddings.position_ids"] = torch.arange(19)[None]
+        renamed["bert.embeddings.token_type_ids"] = torch.zeros(1, 19, dtype=torch.int64)
         renamed["cls.predictions.transform.LayerNorm.gamma"] = torch.ones(36)
         renamed["cls.seq_relationship.weight"] = torch.ones(2, 36)
         return renamed
@@ -86,12 +87,13 @@ def test_legacy_names_heads_and_position_ids(copy: Path, tiny: Path) -> None:
 
 
 def test_transformers_models_with_heads(tmp_path: Path) -> None:
-    from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
+    import transformers
 
-    for architecture in (BertForPreTraining, BertForMaskedLM, BertForSequenceClassification):
-        directory = save_random(architecture, BertConfig(**TINY), tmp_path / architecture.__name__)
+    for kind in ("PreTraining", "MaskedLM", "SequenceClassification", "QuestionAnswering"):
+        architecture = getattr(transformers, f"BertFor{kind}")
+        directory = save_random(architecture, transformers.BertConfig(**TINY), tmp_path / kind)
         model = BertModel.from_pretrained(directory)
-        assert (model.pooler is None) == (architecture is BertForMaskedLM)
+        assert (model.pooler is None) == (kind in ("MaskedLM", "QuestionAnswering"))
         if model.pooler is None:
             assert model(torch.ones(1, 3, dtype=torch.int64)).pooler_output is None
 
@@ -576,12 +578,26 @@ def shard(directory: Path, weight_map: object) -> Path:
         (None, "has no weight_map"),
         ({}, "has no weight_map"),
         ({"pooler.dense.bias": "b.safetensors"}, "lists shards that are not there: b.safetensors"),
+        ({"pooler.dense.bias": "../a.safetensors"}, "lists shards that are not there: ../a.safetensors"),
         ({"pooler.dense.bias": "config.json"}, "config.json is not a whole safetensors file"),
         ({"x": "a.safetensors"}, "lists 1 tensors that no shard holds, the first is x"),
     ],
 )
 def test_bad_index(copy: Path, weight_map: object, message: str) -> None:
+    save_file({"pooler.dense.bias": torch.zeros(36)}, copy.parent / "a.safetensors")  # which is not its own
     assert message in error_of(shard(copy, weight_map))
+
+
+def test_a_shard_by_its_whole_path_is_none(copy: Path) -> None:
+    place = str(copy.parent / "a.safetensors")
+    save_file({"pooler.dense.bias": torch.zeros(36)}, place)
+    assert f"lists shards that are not there: {place}" in error_of(shard(copy, {"pooler.dense.bias": place}))
+
+
+def test_one_file_counts_more_than_shards(copy: Path, tiny: Path) -> None:
+    """As for transformers; an index may be left from an earlier model of that directory."""
+    (copy / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a.safetensors"}}')
+    assert_same_weights(BertModel.from_pretrained(copy), BertModel.from_pretrained(tiny))
 
 
 def test_the_index_says_which_shard_counts(copy: Path) -> None:

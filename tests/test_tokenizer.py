@@ -98,7 +98,10 @@ ADDED = {"content": "[ENT]", "lstrip": False, "rstrip": False, "normalized": Fal
 @pytest.mark.parametrize(
     ("settings", "others"),
     [
-        ({"tokenizer_class": "BertTokenizer"}, {"added_tokens.json": {"[ENT]": 30522, "[unused5]": 6}}),
+        (
+            {"tokenizer_class": "BertTokenizer"},
+            {"added_tokens.json": {"[unused5]": 6, "[NEXT]": 30523, "[ENT]": 30522}},
+        ),
         ({"added_tokens_decoder": {"30522": ADDED | {"special": True, "__type": "AddedToken"}}}, {}),
         ({"added_tokens_decoder": {"30522": {**ADDED, "special": False}}}, {"added_tokens.json": {"x": 30522}}),
         ({"additional_special_tokens": ["[unused5]", {**ADDED, "__type": "AddedToken"}]}, {}),
@@ -368,6 +371,8 @@ def test_around_a_backend_of_ones_own() -> None:
     assert batch["token_type_ids"].tolist() == [[0], [0]]
     with pytest.raises(ValueError, match=r"the vocabulary has no <pad> token"):
         Tokenizer(backend, special_tokens={"pad_token": "<pad>"})
+    tokenizer = Tokenizer(backend, special_tokens={"pad_token": "a"})
+    assert json.loads(tokenizer.files()["tokenizer_config.json"])["pad_token"] == "a"  # or none could load it
 
 
 def test_padding_of_the_backend_is_not_encoded(minilm: Path) -> None:
@@ -402,6 +407,9 @@ def test_cut_texts_are_counted_once_per_call(minilm: Path) -> None:
     assert [str(w.message) for w in caught] == ["2 of 4 texts cut to 256 tokens"]
     with pytest.warns(UserWarning, match="1 of 1 texts cut to 4 tokens"):
         tokenizer("one two three", max_length=4)
+    with pytest.warns(UserWarning, match="1 of 1 texts cut to 2 tokens"):
+        assert tokenizer.token_ids("one", max_length=2) == [[101, 102]]
+    assert len(tokenizer.backend.encode("word " * 300).ids) == 302  # which cuts nothing by itself
 
 
 def test_distilbert_has_no_token_types(minilm: Path, tmp_path: Path) -> None:
@@ -505,6 +513,12 @@ def test_sentence_transformers_lower_casing(minilm: Path, tmp_path: Path) -> Non
     (directory / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
     Tokenizer.from_pretrained(directory)  # it lower-cases anyway
     (directory / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    with pytest.raises(CheckpointError, match="says do_lower_case but the tokenizer is cased"):
+        Tokenizer.from_pretrained(directory)
+    parts = json.loads((minilm / "tokenizer.json").read_text())
+    parts["normalizer"]["lowercase"] = False  # which counts where the class is not BERT's
+    (directory / "tokenizer.json").write_text(json.dumps(parts))
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(CheckpointError, match="says do_lower_case but the tokenizer is cased"):
         Tokenizer.from_pretrained(directory)
 
