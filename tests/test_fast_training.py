@@ -43,6 +43,21 @@ def batch(kind: str, seed: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
 
+@pytest.mark.parametrize("products", [PLAIN, ONEDNN])
+def test_gradients_after_a_pass_without_any(products: Callable[[], AbstractContextManager[object]]) -> None:
+    """As where activations are computed twice to save memory; each has an attention of its own."""
+    together = packing.Packing.of([100, 100, 30], torch.device("cpu"))
+    states = torch.randn(3, 230, 24, requires_grad=True)
+    with products():
+        with torch.no_grad():
+            expected, _ = together.attend(states, states, states, None, 0.0)
+        context, _ = together.attend(states, states, states, None, 0.0)
+        torch.autograd.backward(context.sum())
+    assert torch.allclose(context, expected, atol=1e-5)
+    assert states.grad is not None
+    assert states.grad.any()
+
+
 @pytest.mark.parametrize(
     ("products", "device"),
     [

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -117,6 +118,14 @@ def test_learning_rates(lr: str) -> None:
 def test_what_else_the_plan_is_told() -> None:
     plan = read_options(["--layer-lr-decay", "0.9", "--weight-decay", "0.2"]).plan()
     assert (plan.layer_lr_decay, plan.weight_decay) == (0.9, 0.2)
+
+
+def test_what_the_loss_is_told() -> None:
+    model = Mock(heads=["type", "mood"])
+    loss = train.build_loss(read_options(["--loss-weight", "mood=0.5"]), model)
+    assert loss.weights == {"type": 1.0, "mood": 0.5}
+    assert loss.log_variance is None
+    assert train.build_loss(read_options(["--balance", "uncertainty"]), model).log_variance is not None
 
 
 def test_an_output_that_cannot_be_written(
