@@ -104,6 +104,8 @@ def test_sentences_that_are_trained_on_prove_little(tmp_path: Path) -> None:
     options[2:4] = ["--test", str(test), "--validation-fraction", "0.25"]
     with pytest.warns(UserWarning, match=r"1 of 2 test sentences are among those .*b.csv, line 3\)"):
         read_sets(read_options(options))
+    sets, _ = read_sets(read_options([*options[:2], *options[6:], "--validation-fraction", "0.5"]))
+    assert len(sets["validation"]) == 2
 
 
 def test_a_file_that_may_be_for_one_task(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -383,6 +384,20 @@ def test_two_processes_do_not_write_one_file(
         fcntl.flock(other, fcntl.LOCK_EX)
         assert main(["merge", str(text.with_name("out.npy"))]) == 2
         assert "out.npy.merging is being written by another process" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EIO])
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with (
+        pytest.raises(OSError, match="error") if number == errno.EIO else nullcontext(),
+        locked(tmp_path / "x"),
+    ):
+        pass
 
 
 def test_a_lock_of_a_file_that_is_gone_locks_nothing(

@@ -47,7 +47,7 @@ def batch(kind: str, seed: int) -> dict[str, Tensor]:
 def test_gradients_after_a_pass_without_any(products: Callable[[], AbstractContextManager[object]]) -> None:
     """As where activations are computed twice to save memory; each has an attention of its own."""
     together = packing.Packing.of([100, 100, 30], torch.device("cpu"))
-    states = torch.randn(3, 230, 24, requires_grad=True)
+    states = torch.randn(3, 230, 32, requires_grad=True)
     with products():
         with torch.no_grad():
             expected, _ = together.attend(states, states, states, None, 0.0)

@@ -171,6 +171,7 @@ def test_catalog_is_whole() -> None:
             "no model 'no-such-model': it is neither a directory here, nor one of bert-base-uncased",
         ),
         ("./no/such/directory", "no model './no/such/directory'"),
+        ("./no-such-directory", "no model './no-such-directory'"),
         ("a/b/c", "nor a hub repository written org/name"),
         ("no such/", "no model 'no such/'"),
     ],

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from heads import MISSING, MLPHead, MultiTaskLoss, MultiTaskModel
+from heads.evaluation import score
 from heads.metrics import TaskMetrics, macro_f1, majority
 from heads.multitask import MultiTaskOutput
 from minibert import BertModel, SentenceEncoder, Tokenizer
@@ -584,6 +585,14 @@ def test_metrics_without_labels() -> None:
     metrics = TaskMetrics.of(torch.randn(4, 3), torch.full((4,), MISSING))
     assert (metrics.loss, metrics.accuracy, metrics.macro_f1) == (None, None, None)
     json.dumps(metrics.confusion)
+
+
+def test_what_checkpoints_are_compared_by() -> None:
+    """Larger is better; a task without labels does not count."""
+    metrics = {"a": TaskMetrics(0.5, 0.75, 0.25, []), "b": TaskMetrics(1.5, 0.25, 0.75, [])}
+    metrics["c"] = TaskMetrics(None, None, None, [])
+    scores = {"loss": -1.0, "accuracy": 0.5, "macro_f1": 0.5, "a.loss": -0.5, "b.macro_f1": 0.75}
+    assert {name: score(metrics, name) for name in scores} == scores
 
 
 def test_majority() -> None:

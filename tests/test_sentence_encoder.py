@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import sys
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
@@ -357,7 +359,10 @@ def test_prompts_and_truncation_are_refused(minilm: Path, tmp_path: Path, settin
             r"asks for \['hidden_states', -2\]",
         ),
         ({"processing_kwargs": {"text": {"max_length": 8}}}, "processing_kwargs .* are not supported"),
-        ({"tokenizer_args": {"model_max_length": 16}}, "tokenizer_args .* are not supported"),
+        *(
+            ({name: {"x": 16}}, f"{name} .* are not supported")
+            for name in ("tokenizer_args", "processor_kwargs", "config_kwargs", "config_args")
+        ),
         ({"transformer_task": "fill-mask"}, "transformer_task 'fill-mask' is not supported, only 'feature-ext"),
     ],
 )
@@ -369,7 +374,9 @@ def test_other_states_are_refused(minilm: Path, tmp_path: Path, settings: dict[s
         SentenceEncoder.from_pretrained(tmp_path)
 
 
-def test_a_warning_names_the_line_that_cut(tiny_encoder: SentenceEncoder) -> None:
+def test_a_warning_names_the_line_that_cut(
+    tiny_encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = MultiTaskModel(tiny_encoder.model, {"a": MLPHead(36, 5, 2)}, tokenizer=tiny_encoder.tokenizer)
     for call in (
         tiny_encoder.tokenizer,
@@ -381,6 +388,23 @@ def test_a_warning_names_the_line_that_cut(tiny_encoder: SentenceEncoder) -> Non
         with pytest.warns(UserWarning, match="1 of 1 texts cut to ") as caught:
             call("a " * 600)
         assert [warning.filename for warning in caught] == [__file__]
+    monkeypatch.setattr("minibert.sentence_encoder.BLOCK_SENTENCES", 2)
+    with pytest.warns(UserWarning, match="2 of 5 texts cut to ") as caught:  # of all blocks
+        tiny_encoder.encode(["a " * 600, "b", "c", "d " * 600, "e"])
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_text_without_tokens_is_zero(
+    tiny_encoder: SentenceEncoder, hooked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_text = tokenizers.processors.TemplateProcessing(single="$A", special_tokens=[])
+    tiny_encoder.tokenizer.backend.post_processor = only_text
+    if hooked:
+        tiny_encoder.model.register_forward_hook(lambda *_: None)
+    monkeypatch.setattr(sys, "stderr", None)  # as in a process without a console
+    assert tiny_encoder.encode(["", "a", ""]).any(1).tolist() == [False, True, False]
+    assert tiny_encoder.encode("").tolist() == [0.0] * 36
 
 
 def test_cut_layers_are_not_saved_under_the_old_number(tiny_encoder: SentenceEncoder, tmp_path: Path) -> None:
