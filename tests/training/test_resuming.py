@@ -200,6 +200,27 @@ def test_a_run_that_lost_a_part_does_not_go_on(
     assert f"{run / missing} is not there any more, so the run cannot go on" in capsys.readouterr().err
 
 
+def test_damaged_files_of_a_run(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    run = main("run", "--epochs 1")
+    progress = json.loads((run / "last/training.json").read_text())
+
+    def refused() -> str:
+        assert train.main(["--output", str(run), "--resume"]) == 2
+        return capsys.readouterr().err
+
+    (run / "metrics.jsonl").write_bytes(b"x" * (run / "metrics.jsonl").stat().st_size)
+    assert "metrics.jsonl is damaged, not every line is JSON" in refused()
+    os.truncate(run / "metrics.jsonl", 99)
+    assert "metrics.jsonl is missing or shorter than it was" in refused()
+    assert (run / "metrics.jsonl").stat().st_size == 99
+    for name, value, message in (
+        ("processes", 2, "run has 2 processes, now there are 1"),
+        ("colour", 2, "training.json was not written by this version of train.py"),
+    ):
+        (run / "last/training.json").write_text(json.dumps(progress | {name: value}))
+        assert message in refused()
+
+
 def test_resuming_removes_nothing_of_others(main: Main) -> None:
     run = main("run", "--epochs 1")
     names = [".venv.old", ".git.new", ".best.new", ".last.old", ".saving-0a1b2c3d"]
