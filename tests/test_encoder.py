@@ -87,6 +87,7 @@ def test_poolings_by_formula() -> None:
     half = hidden.bfloat16()  # is summed in float32
     for pooling in (mean_pooling, cls_pooling):
         assert torch.equal(pooling(half, mask), pooling(half.float(), mask))
+        assert pooling(half, mask).dtype == torch.float32
 
 
 @pytest.mark.parametrize("pooling", [mean_pooling, cls_pooling])

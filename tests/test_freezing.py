@@ -302,6 +302,8 @@ def test_another_rate_counts_beside_a_scheduler(model: MultiTaskModel) -> None:
     for wanted, rate in ((1.0, 0.5), (3.0, 3.0)):
         set_groups(optimizer, [{"params": own, "lr": wanted}])
         assert optimizer.param_groups[0]["lr"] == rate
+    set_groups(optimizer, [{"params": own, "lr": 3.0, "weight_decay": 0.5}])
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
 
 
 def test_thawing_leaves_the_others_alone_and_freezing_forgets(model: MultiTaskModel) -> None:

@@ -573,6 +573,8 @@ def test_metrics_are_scikit_learns(seed: int) -> None:
     assert metrics.confusion == confusion_matrix(true, predicted, labels=range(5)).tolist()
     expected = log_loss(true, logits[known].double().softmax(1).numpy(), labels=range(5))
     assert metrics.loss == pytest.approx(expected, rel=1e-5)
+    half = logits.bfloat16()  # as under autocast
+    assert TaskMetrics.of(half, labels) == TaskMetrics.of(half.float(), labels)
 
 
 def test_a_class_that_occurs_once_and_is_never_predicted_counts() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -15,6 +16,7 @@ import train
 from heads import features
 from heads.processes import catching_interrupts
 from heads.run_directory import RunDirectory
+from heads.training_state import Progress
 from tests import forked
 from tests.training.conftest import (
     Main,
@@ -219,6 +221,18 @@ def test_damaged_files_of_a_run(main: Main, capsys: pytest.CaptureFixture[str]) 
     ):
         (run / "last/training.json").write_text(json.dumps(progress | {name: value}))
         assert message in refused()
+
+
+def test_what_is_saved_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a power cut leaves all of it, and a record that is as long as last/ says."""
+    run = RunDirectory(tmp_path)
+    run.log({"step": 1})
+    flushed: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.add(os.fstat(file).st_ino))
+    run.save("last", Mock(save_pretrained=Path.mkdir), Progress({}), {})
+    files = [run.log_file, *(tmp_path / "last").iterdir()]
+    assert len(files) == 3
+    assert {file.stat().st_ino for file in files} <= flushed
 
 
 def test_resuming_removes_nothing_of_others(main: Main) -> None:
