@@ -16,7 +16,7 @@ import train
 from heads import MISSING
 from heads.processes import Processes
 from tests.conftest import save_small
-from tests.training.conftest import ROOT, a_new_head_may_be_frozen, steps, table
+from tests.training.conftest import ROOT, Main, a_new_head_may_be_frozen, steps, table
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,15 @@ def test_a_signal_to_a_process_of_its_own(small: Path, tmp_path: Path, number: i
         f"train.py: interrupted; a run that has begun goes on with --output {tmp_path / 'run'} --resume\n"
     )
     assert json.loads((tmp_path / "run/last/training.json").read_text())["step"] == len(steps(tmp_path / "run"))
+
+
+def test_each_process_has_its_own_dropout(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = set()
+    for rank in ("0", "1", "2"):  # each by itself, but for its number
+        monkeypatch.setenv("RANK", rank)
+        main(rank, "--steps 1")
+        seeds.add(torch.initial_seed())
+    assert len(seeds) == 3
 
 
 def test_a_share_of_a_batch() -> None:
