@@ -58,8 +58,10 @@ def test_lines_are_counted_in_the_file_not_in_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", 'text,kind\n"two\nlines",x\n\n"next, please",y\n')
     examples = read_examples(path, "text", {"type": "kind"})
     assert [(e.text, e.where[-6:]) for e in examples] == [("two\nlines", "line 2"), ("next, please", "line 5")]
-    path = write(tmp_path / "b.csv", '"a\nkind", text\nx,one\n')  # and spaces around a name do not count
-    assert [e.where[-6:] for e in read_examples(path, "text", {"type": "a\nkind"})] == ["line 3"]
+    # and spaces around a column's name or a label do not count
+    path = write(tmp_path / "b.csv", '"a\nkind", text\n x ,one\n ,two\n')
+    examples = read_examples(path, "text", {"type": "a\nkind"})
+    assert [(e.labels, e.where[-6:]) for e in examples] == [({"type": "x"}, "line 3"), ({}, "line 4")]
 
 
 def test_other_columns_can_hold_anything(tmp_path: Path) -> None:

@@ -406,7 +406,7 @@ def test_cut_texts_are_counted_once_per_call(minilm: Path) -> None:
         assert tokenizer(["word " * 300, "short", "word " * 254, "word " * 255])["input_ids"].shape == (4, 256)
     assert [str(w.message) for w in caught] == ["2 of 4 texts cut to 256 tokens"]
     with pytest.warns(UserWarning, match="1 of 1 texts cut to 4 tokens"):
-        tokenizer("one two three", max_length=4)
+        tokenizer("one two three four five six", max_length=4)
     with pytest.warns(UserWarning, match="1 of 1 texts cut to 2 tokens"):
         assert tokenizer.token_ids("one", max_length=2) == [[101, 102]]
     assert len(tokenizer.backend.encode("word " * 300).ids) == 302  # which cuts nothing by itself

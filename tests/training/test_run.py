@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import train
-from heads import MultiTaskModel
-from heads.options import read_options
+from heads import MLPHead, MultiTaskModel
+from heads.options import Options, read_options
 from heads.sets import read_sets
-from minibert import BertModel
+from heads.tables import Example
+from minibert import BertModel, Tokenizer
 from tests.training.conftest import Main, a_new_head_may_be_frozen, assert_same_run, epochs, steps, table
 from weights import CheckpointError
 
@@ -243,6 +244,17 @@ def test_eval_only(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "no sentence has a label for type: nothing to evaluate" in capsys.readouterr().err
     assert train.main(f"--eval-only --test {test} --task type=l".split()) == 2
     assert "--eval-only needs --model DIR, such as best/ of a run" in capsys.readouterr().err
+
+
+def test_what_is_stored_in_bfloat16_is_trained_in_float32(small: Path, tmp_path: Path) -> None:
+    encoder = BertModel.from_pretrained(small, dtype=torch.bfloat16)
+    heads = {"a": MLPHead(36, 4, 2).bfloat16()}
+    MultiTaskModel(encoder, heads, tokenizer=Tokenizer.from_pretrained(small)).save_pretrained(tmp_path)
+    examples = [Example("x", {"a": "0"}), Example("y", {"a": "1"})]
+    for _ in range(2):
+        model, _ = train.build_model(Options(model=str(tmp_path)), ["a"], examples)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        (tmp_path / "heads.json").unlink(missing_ok=True)  # then with a new head
 
 
 def test_what_is_held_out_does_not_depend_on_the_seed(
