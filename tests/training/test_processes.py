@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import train
 from heads import MISSING
 from heads.processes import Processes
+from heads.training_state import restore
 from tests.conftest import save_small
 from tests.training.conftest import ROOT, Main, a_new_head_may_be_frozen, steps, table
 
@@ -111,6 +112,15 @@ def test_each_process_has_its_own_dropout(main: Main, monkeypatch: pytest.Monkey
         main(rank, "--steps 1")
         seeds.add(torch.initial_seed())
     assert len(seeds) == 3
+
+
+def test_each_process_takes_back_its_own_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {f"random/{rank}/cpu": torch.Generator().manual_seed(rank).get_state() for rank in range(3)}
+    module = torch.nn.Linear(1, 1)
+    monkeypatch.setenv("RANK", "1")
+    with torch.random.fork_rng():
+        restore(states, module, torch.optim.AdamW(module.parameters()), Processes("cpu"))
+        assert torch.equal(torch.get_rng_state(), states["random/1/cpu"])
 
 
 def test_a_share_of_a_batch() -> None:

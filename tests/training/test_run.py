@@ -191,6 +191,8 @@ def test_a_task_without_validation_labels(
     assert f"train.py: warning: {warning}" in captured.err
     (mood,) = (line for line in captured.out.splitlines() if line.startswith("  mood         train:"))
     assert mood.endswith("validation: loss -, accuracy -, macro-F1 -   (majority class -)")
+    assert train.main(f"{command} --metric mood.loss --output {tmp_path / 'none'}".split()) == 2
+    assert "--metric mood.loss: no validation sentence has a label for it" in capsys.readouterr().err
 
 
 @a_new_head_may_be_frozen
