@@ -268,6 +268,9 @@ def test_a_text_in_two_files_is_held_out_in_both_or_in_none() -> None:
     assert times
     assert set(times.values()) == {2}
     assert Counter(e.source for e in rest + held) == {0: 90, 1: 90}
+    # and as much of each of ten files with the same labels
+    alike = [Example(str(i), {"a": "xy"[i % 2]}, source=i // 20) for i in range(200)]
+    assert set(Counter(e.source for e in stratified_split(alike, 0.1)[1]).values()) == {2}
     only = [Example("one", {"a": "x"}, source=0), Example("one", {"a": "x"}, source=1)]
     rest, held = stratified_split([*only, *[Example(str(i), {"a": "y"}) for i in range(30)]], 0.5)
     assert [e.text for e in rest if e.labels["a"] == "x"] == ["one", "one"]  # its label is nowhere else
