@@ -19,8 +19,8 @@ from minibert import Tokenizer
 from minibert.tokenizer import pad
 
 NOTHING = {"nan", "NaN", "N/A", "NA", "<NA>", "null", "NULL", "None"}  # as other programs write it
-POOL = 16  # so many batches' sentences are sorted by length together,
-POOLS = 4  # but at most one of so many parts: sorted as a whole, few would make the same batches in every epoch
+POOL = 16  # so many batches' sentences, at most, are sorted by length together
+POOLS = 4  # in so many parts, at least: a small set as a whole would make the same batches in every epoch
 
 
 def label_names(examples: Sequence[Example], tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -72,7 +72,7 @@ def normalized(text: str) -> str:
 def stratified_split(examples: Sequence[Example], fraction: float) -> tuple[list[Example], list[Example]]:
     """(rest, held out): `fraction` of each label and file, and of their combinations, as nearly as can be.
 
-    At least one text is held out in all, not one of each label.
+    That is of the different texts, not of the rows. At least one is held out in all, not one of each label.
 
     Keeps the order, and something of every label in the rest. A text that comes several times, as with a
     file or a row for each task, is held out everywhere or nowhere, with other spaces and capitals, too.

@@ -48,11 +48,9 @@ def convert(name_or_path: str | Path, directory: str | Path) -> None:
             kind = type(tensor).__name__
             raise CheckpointError(f"{path} holds more than named tensors: {key!r:.60} names a {kind}")
     refuse(path, with_our_names(source, config, published).problems)
-    names = ("config.json", *TOKENIZER_FILES, *OPTIONAL_FILES)
+    tensors = {key: tensor for key, tensor in published.items() if not is_ignored(key)}
+    settings = {**read_json(source / "config.json"), "model_type": config["model_type"]}
+    names = (*TOKENIZER_FILES, *OPTIONAL_FILES)
     # None: of another model, that was here before
     others = {name: (source / name).read_bytes() if (source / name).is_file() else None for name in names}
-    as_published = read_json(source / "config.json")
-    if "model_type" not in as_published:
-        others["config.json"] = to_json({**as_published, "model_type": config["model_type"]})
-    tensors = {key: tensor for key, tensor in published.items() if not is_ignored(key)}
-    write_directory(Path(directory), {SINGLE: tensors, **others})
+    write_directory(Path(directory), {SINGLE: tensors, "config.json": to_json(settings), **others})
