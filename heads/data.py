@@ -8,8 +8,9 @@ import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import chain, cycle, islice
+from itertools import cycle, islice
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,19 +125,26 @@ def _shares(sizes: Mapping[tuple[object, ...], int], fraction: float, total: int
     combinations that occur once or twice, chance alone would leave rare labels out.)
     """
     parts = [dict.fromkeys((key, *key)) for key in sizes]  # a combination itself, and all in it
-    place = {part: i for i, part in enumerate(dict.fromkeys(chain(*parts)))}
-    members = pad([[place[part] for part in each] for each in parts], len(place))  # (combinations, parts)
-    available = torch.tensor(list(sizes.values()))
-    wanted = fraction * available.double()
-    counts = wanted.long()
-    lacking = torch.full((len(place) + 1,), -0.5, dtype=torch.float64)  # one too few is as bad as one too many
-    lacking.index_add_(0, members.flatten(), (wanted - counts).repeat_interleave(members.shape[1]))
+    having: dict[object, list[int]] = defaultdict(list)
+    for i, each in enumerate(parts):
+        for part in each:
+            having[part].append(i)
+    places = {part: np.array(combinations) for part, combinations in having.items()}
+    available = np.array(list(sizes.values()))
+    wanted = fraction * available
+    counts = wanted.astype(int)
+    lacking = np.zeros(len(sizes))  # of a combination, summed over its parts
+    for where in places.values():
+        lacking[where] += (wanted - counts)[where].sum() - 0.5  # one too few is as bad as one too many
+    lacking[counts == available] = -np.inf
     for _ in range(total - int(counts.sum())):
-        lacking[-1] = 0  # fills up combinations of fewer labels
-        best = lacking[members].sum(1).masked_fill(counts == available, -torch.inf).argmax()
+        best = int(lacking.argmax())
         counts[best] += 1
-        lacking[members[best]] -= 1
-    return counts.tolist()
+        for part in parts[best]:
+            lacking[places[part]] -= 1
+        if counts[best] == available[best]:
+            lacking[best] = -np.inf
+    return list(counts.tolist())
 
 
 def dummy_examples(count: int, tasks: Mapping[str, Sequence[str]], seed: int) -> list[Example]:
