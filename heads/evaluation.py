@@ -22,7 +22,11 @@ def evaluation_batches(dataset: SentenceDataset) -> list[list[int]]:
 
 
 def evaluate(model: MultiTaskModel, dataset: SentenceDataset, processes: Processes) -> dict[str, TaskMetrics]:
-    """Each task's metrics, in eval mode."""
+    """Each task's metrics, in eval mode.
+
+    Raises:
+        ValueError: logits that are nan, of which the metrics would make a wrong class and a best epoch.
+    """
     logits: dict[str, list[Tensor]] = {task: [] for task in model.heads}
     labels: dict[str, list[Tensor]] = {task: [] for task in model.heads}
     with evaluating(model), processes.autocast():
@@ -32,6 +36,13 @@ def evaluate(model: MultiTaskModel, dataset: SentenceDataset, processes: Process
             for task in model.heads:
                 logits[task].append(output.logits[task])
                 labels[task].append(batch[f"labels.{task}"])
+    for task, some in logits.items():
+        broken = sum(int(each.isnan().any(1).sum()) for each in some)
+        if broken:
+            raise ValueError(
+                f"{task}: nan among the logits of {broken} of {len(dataset)} sentences: nothing can be said of "
+                "a model with a weight that is not finite, or with one so large that a sum is not"
+            )
     return {task: TaskMetrics.of(torch.cat(logits[task]), torch.cat(labels[task])) for task in model.heads}
 
 
