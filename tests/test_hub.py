@@ -194,8 +194,9 @@ def test_a_directory_that_may_not_be_read() -> None:
     try:
         if user == 0:
             os.seteuid(65534)  # root may read anything
-        with pytest.raises(ModelNotFoundError, match=f"{directory} cannot be read: Permission denied"):
-            resolve(directory)
+        for name in (directory, f"{directory}/model"):
+            with pytest.raises(ModelNotFoundError, match=f"{name} cannot be read: Permission denied"):
+                resolve(name)
     finally:
         os.seteuid(user)
         Path(directory).rmdir()

@@ -36,16 +36,17 @@ def resolve(name_or_path: str | Path) -> Path:
         ModelNotFoundError: the name is unknown, or neither on disk nor reachable.
         CheckpointError: a downloaded file is not the one the catalog pins, or of another kind of model.
     """
-    # os.path's questions answer False for a name that no path can have; Path's raise.
     name, path = str(name_or_path), os.path.expanduser(name_or_path)  # noqa: PTH111
-    if name and os.path.isdir(path):  # noqa: PTH112
-        try:
-            os.listdir(path)  # noqa: PTH208
-        except OSError as error:
-            raise ModelNotFoundError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        os.listdir(path)  # noqa: PTH208
         return Path(path)
-    if os.path.isfile(path):  # noqa: PTH113
-        raise ModelNotFoundError(f"{path} is a file: give the directory that contains it")
+    except ValueError:  # no path can have such a name
+        pass
+    except OSError as error:
+        if os.path.isfile(path):  # noqa: PTH113
+            raise ModelNotFoundError(f"{path} is a file: give the directory that contains it") from error
+        if isinstance(error, PermissionError) or os.path.isdir(path):  # noqa: PTH112
+            raise ModelNotFoundError(f"{path} cannot be read: {error.strerror}") from error
     entry = find(name)
     if entry is None and not _is_repo_id(name):
         known = ", ".join(e.name for e in CATALOG)
