@@ -191,7 +191,7 @@ def from_json(path: Path) -> dict[str, Any]:
         if isinstance(value, list) and known[name].default != ():
             raise ValueError(f"{path}: {name} is a list, it must be one value")
         for each in value if isinstance(value, list) else [value]:
-            if each is not None and each is not False:
+            if each is not None and each is not known[name].default:  # false is a flag's
                 words.append(flag(name) if each is True else f"{flag(name)}={each}")
     try:
         return collected(parser().parse_args(words))

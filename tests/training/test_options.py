@@ -90,6 +90,7 @@ def test_a_split_that_would_be_overlooked(
         ('{"epoch": 3}', "config.json: no option 'epoch', see --help"),
         ('{"freeze": ["layers:1", "head:type"]}', "config.json: freeze is a list, it must be one value"),
         ('{"epochs": "many"}', "config.json: argument --epochs: invalid int value: 'many'"),
+        ('{"lr": false}', "config.json: argument --lr: invalid float value: 'False'"),
         ("{", "is not valid JSON"),
     ],
 )
