@@ -103,7 +103,9 @@ class BertConfig:
 
     @classmethod
     def from_dict(cls, published: Mapping[str, Any]) -> Self:
-        """From the fields of a config.json; those that do not concern the encoder are left out.
+        """From a config.json's fields, by BERT's names (`weights.read_config` translates DistilBERT's).
+
+        Those that do not concern the encoder are left out.
 
         Raises:
             ValueError: a value that the encoder does not support.
@@ -119,5 +121,5 @@ class BertConfig:
         return cls(**{name: value for name, value in published.items() if name in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """The published fields."""
+        """The published fields, by BERT's names."""
         return asdict(self)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minibert.config import BertConfig
@@ -20,7 +21,7 @@ from weights.key_maps import FAMILIES
 
 @dataclass(frozen=True)
 class Difference:
-    """How two tensors of one piece differ: by how much at most, in numbers and in ulps, and where."""
+    """Where two tensors of one piece differ most, and by how much there: in numbers and in ulps."""
 
     piece: str
     largest: float
@@ -28,57 +29,66 @@ class Difference:
     index: tuple[int, ...]
 
     def __str__(self) -> str:
+        if not self.ulps:
+            return f"{self.piece}: all bits equal"
         return f"{self.piece}: differs by up to {self.largest:.3g} ({self.ulps} ulp) at {list(self.index)}"
 
 
-def ulps_between(a: Tensor, b: Tensor) -> Tensor:
-    """For each element, how many representable numbers lie from `a` to `b` (0: the same bits, or 0 and -0)."""
-    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
+def ulps_between(a: Tensor, b: Tensor) -> int:
+    """How many representable numbers lie from `a` to `b`, two scalars (0: the same bits, or 0 and -0)."""
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[a.element_size()]
 
-    def ordinal(x: Tensor) -> Tensor:
-        bits = x.contiguous().view(integer).to(torch.int64)
-        return torch.where(bits < 0, torch.iinfo(integer).min - bits, bits)
+    def ordinal(x: Tensor) -> int:
+        bits = int(x.view(integer))
+        return bits if bits >= 0 else torch.iinfo(integer).min - bits
 
-    return (ordinal(a) - ordinal(b)).abs()
+    return abs(ordinal(a) - ordinal(b))
 
 
-def difference(piece: str, ours: Tensor, reference: Tensor) -> Difference:
-    """Compares one piece.
+def difference(piece: str, ours: Tensor | NDArray[Any], reference: Tensor | NDArray[Any]) -> Difference:
+    """Compares one piece, of tensors or arrays.
 
     Raises:
         ValueError: the shapes or dtypes differ.
     """
-    if ours.shape != reference.shape or ours.dtype != reference.dtype:
+    a, b = (torch.as_tensor(numbers).detach().cpu() for numbers in (ours, reference))
+    if a.shape != b.shape or a.dtype != b.dtype:
         raise ValueError(
-            f"{piece}: ours is {ours.dtype} {tuple(ours.shape)}, "
-            f"the reference {reference.dtype} {tuple(reference.shape)}"
+            f"{piece}: ours is {a.dtype} {tuple(a.shape)}, the reference {b.dtype} {tuple(b.shape)}"
         )
-    ours, reference = ours.detach(), reference.detach()
-    if torch.equal(ours, reference):
+    if torch.equal(a, b):
         return Difference(piece, 0.0, 0, ())
-    ulps = ulps_between(ours, reference)
-    largest = (ours.double() - reference.double()).abs()
-    index = torch.unravel_index(largest.argmax(), largest.shape)
-    return Difference(piece, float(largest.max()), max(1, int(ulps.max())), tuple(int(axis) for axis in index))
+    distances = (a.double() - b.double()).abs().masked_fill(a == b, 0)  # where both are infinite, too
+    index = tuple(int(axis) for axis in torch.unravel_index(distances.argmax(), distances.shape))
+    return Difference(piece, float(distances[index]), max(1, ulps_between(a[index], b[index])), index)
 
 
 def differences(ours: Any, reference: Any) -> list[Difference]:
-    """Compares two model outputs from the bottom up: embeddings, each layer, attentions, pooler.
+    """Compares two model outputs from the bottom up: embeddings, attention and state of each layer, pooler.
 
     `ours` and `reference` have `last_hidden_state`, `pooler_output`, `hidden_states`, `attentions`;
     what is None in ours is left out.
+
+    Raises:
+        ValueError: the reference lacks some of it; or shapes or dtypes differ.
     """
-    found = []
-    for i, hidden in enumerate(ours.hidden_states or ()):
-        if i and ours.attentions is not None:
-            name = f"attention map {i - 1}"
-            found.append(difference(name, ours.attentions[i - 1], reference.attentions[i - 1]))
-        name = f"layer {i - 1}" if i else "embeddings"
-        found.append(difference(name, hidden, reference.hidden_states[i]))
-    found.append(difference("last_hidden_state", ours.last_hidden_state, reference.last_hidden_state))
-    if ours.pooler_output is not None:
-        found.append(difference("pooler_output", ours.pooler_output, reference.pooler_output))
-    return found
+    hidden = _both("hidden_states", ours, reference)
+    pieces = [(2 * i, f"layer {i - 1}" if i else "embeddings", *pair) for i, pair in enumerate(hidden)]
+    maps = _both("attentions", ours, reference)
+    pieces += [(2 * i + 1, f"attention map {i}", *pair) for i, pair in enumerate(maps)]
+    pieces.sort(key=lambda piece: piece[0])
+    for name in ("last_hidden_state", "pooler_output"):
+        pieces += [(0, name, *pair) for pair in _both(name, ours, reference)]
+    return [difference(*piece[1:]) for piece in pieces]
+
+
+def _both(name: str, ours: Any, reference: Any) -> list[tuple[Tensor, Tensor]]:
+    """Our tensors of this name and the reference's."""
+    values = (getattr(output, name, None) for output in (ours, reference))
+    a, b = (() if value is None else value if isinstance(value, tuple | list) else (value,) for value in values)
+    if a and len(a) != len(b):
+        raise ValueError(f"{name}: ours are {len(a)}, the reference's {len(b)}")
+    return list(zip(a, b, strict=False))  # nothing, if ours has none
 
 
 def random_inputs(config: BertConfig, seed: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -30,18 +30,18 @@ def read_json(path: Path, kind: type = dict) -> Any:
     return value
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: str | Path) -> dict[str, Any]:
     """config.json in BERT's field names, with its `model_type`.
 
     Raises:
         CheckpointError: no config.json, or one of another model type.
     """
-    published = read_json(directory / "config.json")
+    file = Path(directory, "config.json")
+    published = read_json(file)
     model_type = published.setdefault("model_type", "bert")  # the oldest BERT files do not say
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
-            f"{directory / 'config.json'} says model_type {model_type!r}: "
-            f"only {' and '.join(map(repr, FAMILIES))} are supported"
+            f"{file} says model_type {model_type!r}: only {' and '.join(map(repr, FAMILIES))} are supported"
         )
     return FAMILIES[model_type].config_to_bert(published)
 
