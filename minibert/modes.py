@@ -8,25 +8,36 @@ import torch
 from torch import nn
 
 _lock = threading.Lock()
-# Module -> how many evaluate it now, and what mode each part was in before the first of them.
-_evaluated: dict[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]] = {}
+# Part of a model -> how many evaluate it now, and what mode it was in before the first of them.
+_evaluated: dict[nn.Module, tuple[int, bool]] = {}
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; when the last of several threads leaves, each part gets its old mode back."""
+    """Eval mode and no gradients; a part gets its old mode back when the last that uses it leaves.
+
+    Several threads may do this at once, with one module or with several that share parts.
+    """
+    parts = list(module.modules())
     with _lock:
-        users, modes = _evaluated.get(module) or (0, [(part, part.training) for part in module.modules()])
-        _evaluated[module] = users + 1, modes
+        for part in parts:
+            users, mode = _evaluated.get(part, (0, part.training))
+            _evaluated[part] = users + 1, mode
         module.eval()
     try:
         with torch.no_grad():
             yield
     finally:
         with _lock:
-            users, modes = _evaluated.pop(module)
-            if users > 1:
-                _evaluated[module] = users - 1, modes
-            else:
-                for part, mode in modes:  # from the top down: `train` also sets the parts below
+            modes = {}
+            for part in parts:
+                users, mode = _evaluated.pop(part)
+                if users > 1:
+                    _evaluated[part] = users - 1, mode
+                else:
+                    modes[part] = mode
+            for part, mode in modes.items():  # from the top down: `train` also sets the parts below
+                if len(modes) == len(parts):
                     part.train(mode)
+                else:  # some of which others use
+                    part.training = mode

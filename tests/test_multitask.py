@@ -89,6 +89,9 @@ def test_predict(small: Path) -> None:
             assert prediction[task]["probability"] == pytest.approx(float(probabilities.max()), rel=1e-5)
     assert model.predict("Does it rain?") == model.predict(["Does it rain?"])
     assert model.predict([]) == []
+    model.heads["type"] = nn.Sequential(nn.Linear(36, 1), nn.Flatten(0))
+    with pytest.raises(ValueError, match=r"head 'type' gives \(3,\), for `predict` it must be \(B, classes\)"):
+        model.predict(SENTENCES[:3])
 
 
 def test_predict_by_a_forward_of_ones_own(small: Path) -> None:
@@ -112,6 +115,9 @@ def test_predict_by_a_forward_of_ones_own(small: Path) -> None:
     usual.forward = model.forward  # type: ignore[method-assign]
     assert usual.predict(SENTENCES) == model.predict(SENTENCES)
     assert model.predict([]) == []
+    model.heads["type"] = nn.Sequential(nn.Linear(36, 1), nn.Flatten(0))
+    with pytest.raises(ValueError, match=r"head 'type' gives \(3,\), for `predict` it must be \(B, classes\)"):
+        model.predict(SENTENCES[:3])
 
 
 def test_predict_calls_hooks_around_the_model(small: Path) -> None:
@@ -123,6 +129,27 @@ def test_predict_calls_hooks_around_the_model(small: Path) -> None:
 
     model.register_forward_hook(louder)
     assert {p["type"]["label"] for p in model.predict(SENTENCES)} == {"statement"}
+
+
+def test_modes_of_a_shared_encoder_are_restored_when_the_last_model_is_done(small: Path) -> None:
+    """Two models over one encoder, in either order: meanwhile neither may get the dropout of training."""
+    one, other = build(small).train(), build(small).train()
+    other.encoder = one.encoder
+    one.encoder.layers[1].eval()
+    modes = [module.training for model in (one, other) for module in model.modules()]
+    for first, last in ((one, other), (other, one)):
+        a, b = evaluating(first), evaluating(last)
+        with (
+            torch.no_grad()
+        ):  # each thread has that of its own; crossed in one thread, a and b would leave it on
+            a.__enter__()
+            b.__enter__()
+            a.__exit__(None, None, None)
+            assert not any(module.training for module in last.modules())
+            assert first.training
+            assert all(head.training for head in first.heads.modules())
+            b.__exit__(None, None, None)
+        assert [module.training for model in (one, other) for module in model.modules()] == modes
 
 
 def test_modes_are_restored_when_the_last_thread_is_done(small: Path) -> None:
@@ -553,6 +580,38 @@ def test_uncertainty_is_kendalls_formula() -> None:
 def test_weights_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MultiTaskLoss(["a", "b"], **arguments)
+
+
+@pytest.mark.parametrize("tasks", [[], "type"])
+def test_tasks_that_cannot_be(tasks: Any) -> None:
+    with pytest.raises(ValueError, match="it must be a list of one name or more"):
+        MultiTaskLoss(tasks)
+
+
+def test_an_output_in_place_of_its_logits(small: Path) -> None:
+    output = build(small)(torch.tensor([[2, 5, 3]]))
+    with pytest.raises(TypeError, match="not a MultiTaskOutput: give its"):
+        MultiTaskLoss(["type"])(output, {"type": torch.tensor([0])})
+    with pytest.raises(TypeError, match="labels must be a dict, task -> value, not a Tensor"):
+        MultiTaskLoss(["type"])(output.logits, torch.tensor([0]))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_gradients_of_parts_are_averaged(parts: int) -> None:
+    """Each part divides by its share of the count of all, as `counts` says."""
+    generator = torch.Generator().manual_seed(parts)
+    whole = torch.randn((10, 3), generator=generator, requires_grad=True)
+    labels = torch.randint(3, (10,), generator=generator)
+    labels[[1, 4, 8]] = MISSING
+    gradients = []
+    for some, counts in ((1, None), (parts, {"a": 7 / parts})):
+        loss = MultiTaskLoss(["a"], uncertainty=True)
+        for logits, chunk in zip(whole.chunk(some), labels.chunk(some), strict=True):
+            torch.autograd.backward(loss({"a": logits}, {"a": chunk}, counts)[0] / some)
+        gradients.append([whole.grad, *(parameter.grad for parameter in loss.parameters())])
+        whole.grad = None
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 # ---------------------------------------------------------------------------------------------- metrics
