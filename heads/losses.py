@@ -19,7 +19,7 @@ class MultiTaskLoss(nn.Module):
             task, the total is the sum of exp(-s) * loss + s / 2. `log_variance` holds every s, 0 at first.
 
     Raises:
-        ValueError: a weight for no task, below zero or not finite, or both kinds of weights.
+        ValueError: no task; a weight for none, below zero or not finite; or both kinds of weights.
     """
 
     def __init__(
@@ -27,6 +27,8 @@ class MultiTaskLoss(nn.Module):
     ) -> None:
         super().__init__()
         weights = weights or {}
+        if not tasks or isinstance(tasks, str):
+            raise ValueError(f"tasks is {tasks!r}, it must be a list of one name or more")
         for name, weight in weights.items():
             if name not in tasks:
                 raise ValueError(f"a loss weight is given for {name!r}, the tasks are: {', '.join(tasks)}")
@@ -50,15 +52,18 @@ class MultiTaskLoss(nn.Module):
         Args:
             logits: task -> (B, classes).
             labels: task -> (B,) class indices, `MISSING` where there is none.
-            counts: what to divide each task's sum by; its number of labels here if None. (Several
-                processes divide by their common number.)
+            counts: what to divide each task's sum by; its number of labels here if None. (Where the
+                gradients of k processes or parts of a batch are averaged: their common number / k.)
 
         Raises:
-            TypeError: labels that are no tensor of int64.
+            TypeError: no mapping of tasks, or labels that are no tensor of int64.
             ValueError: a task without its logits, labels or count, a label that is no class.
         """
         given = {"logits": logits, "labels": labels, "counts": self.weights if counts is None else counts}
         for kind, tensors in given.items():
+            if not isinstance(tensors, Mapping):
+                hint = ": give its .logits" * hasattr(tensors, "logits")
+                raise TypeError(f"{kind} must be a dict, task -> value, not a {type(tensors).__name__}{hint}")
             if missing := self.weights.keys() - tensors.keys():
                 raise ValueError(f"there are no {kind} for {min(missing)} (an unknown label is {MISSING})")
         integers = (torch.int64, torch.uint8)  # that cross_entropy takes

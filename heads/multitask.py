@@ -14,7 +14,7 @@ from torch.utils._pytree import _register_namedtuple
 from heads.mlp import MLPHead
 from minibert import BertModel, SentenceEncoder, Tokenizer, mean_pooling
 from minibert.freezing import keep_frozen_in_eval
-from minibert.model import uncompiled, unwrapped
+from minibert.model import bert_inside, uncompiled
 from minibert.modes import evaluating
 from minibert.sentence_encoder import check_batch_size, has_plain_forward
 from minibert.tokenizer import as_list, check_tokenizer
@@ -127,6 +127,11 @@ class MultiTaskModel(nn.Module):
         texts = as_list(sentences)
         with evaluating(self):
             logits = self._logits_of(texts, batch_size, self.tokenizer) if texts else {}
+        for name, scores in logits.items():
+            if scores.dim() != 2:
+                raise ValueError(
+                    f"head {name!r} gives {tuple(scores.shape)}, for `predict` it must be (B, classes)"
+                )
         best = {name: scores.softmax(-1).max(-1) for name, scores in logits.items()}
         return [
             {
@@ -173,7 +178,7 @@ class MultiTaskModel(nn.Module):
                 settings[name] |= sizes | {"classes": head.out.out_features}
         files: dict[str, Any] = {HEADS: to_json({"heads": settings}), TENSORS: self.heads.state_dict()}
         if self.tokenizer is None:
-            unwrapped(self.encoder).save_pretrained(directory, files)
+            bert_inside(self.encoder).save_pretrained(directory, files)
         else:
             SentenceEncoder(self.encoder, self.tokenizer).save_pretrained(directory, files)
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert.config import BertConfig
-from minibert.inputs import check_pair, holds
+from minibert.inputs import holds, states_and_weights
 
 # query, key, value (B, N, T, D), mask (B, 1, T, T) or None, dropout probability
 #   -> context (B, N, T, D), attention weights (B, N, T, T) or None where they are never formed
@@ -20,7 +20,7 @@ def eager_attention(
     value: Tensor,
     mask: Tensor | None,
     dropout_p: float,
-    dropout: Callable[[Tensor, float], Tensor] = F.dropout,
+    dropout: Callable[[Tensor, float], Tensor] = F.dropout,  # another one in fast_dropout.py
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(Q K^T / sqrt(D)) V, written out (Vaswani et al. 2017, equation 1)."""
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (B, N, T, T)
@@ -72,10 +72,15 @@ class SelfAttention(nn.Module):
     def forward(
         self, hidden: Tensor, mask: Tensor | None, attend: AttentionFunction
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, T, H) -> (B, T, H), and the attention weights if `attend` forms them."""
+        """(B, T, H) -> (B, T, H), and the attention weights if `attend` forms them.
+
+        With "packed" it is (tokens, H), and (N, tokens, D) below: the axes before T are not touched.
+        """
         query, key, value = self.project(hidden)  # (B, N, T, D)
         dropout_p = self.weights_dropout_p if self.training else 0.0
-        context, weights = check_pair("an attention function", attend(query, key, value, mask, dropout_p))
+        context, weights = states_and_weights(
+            "an attention function", attend(query, key, value, mask, dropout_p)
+        )
         context = context.transpose(-3, -2).flatten(-2)  # (B, N, T, D) -> (B, T, H)
         return self.dropout(self.output(context)), weights
 

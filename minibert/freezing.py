@@ -217,7 +217,7 @@ def _named(term: str, backbone: Sequence[str], heads: Sequence[str]) -> Sequence
     if not argument:
         return backbone[1:]
     if not int(first) <= int(last or first) < len(backbone) - 1:
-        raise ValueError(f"{term!r}: the model has layers.0 to layers.{len(backbone) - 2}, counted upwards")
+        raise ValueError(f"{term!r}: the model has layers.0 to layers.{len(backbone) - 2}, and a range goes up")
     return backbone[1 + int(first) : 2 + int(last or first)]
 
 

@@ -76,11 +76,12 @@ def check_mask(mask: Tensor, shape: torch.Size) -> None:
     _refuse_any("attention_mask", mask, (mask != 0) & (mask != 1), "1 for a token and 0 for padding")
 
 
-def check_pair(part: str, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """What a layer or an attention gave. Raises TypeError for one tensor, whose texts would be unpacked."""
-    if isinstance(output, Tensor):
+def states_and_weights(part: str, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """What a layer or an attention gave. Raises TypeError unless that is a pair (two texts are not)."""
+    if not isinstance(output, tuple | list) or len(output) != 2:
+        what = f"a {type(output).__name__}" + f" of {len(output)}" * isinstance(output, tuple | list)
         raise TypeError(
-            f"{part} gave a tensor, it must give a pair: its states, and the attention weights or None"
+            f"{part} gave {what}, it must give a pair: its states, and the attention weights or None"
         )
     return output
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from minibert.attention import AttentionFunction, SelfAttention
 from minibert.config import BertConfig
-from minibert.inputs import check_pair
+from minibert.inputs import states_and_weights
 
 # Called here, by one thread: where several make a process's first call of MKL's tanh, one may err by 5e-5.
 torch.tanh(torch.zeros(64, dtype=torch.float32, device="cpu"))
@@ -57,7 +57,7 @@ class EncoderLayer(nn.Module):
         self, hidden: Tensor, mask: Tensor | None, attend: AttentionFunction
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, H) -> (B, T, H), and the attention weights if `attend` forms them."""
-        attended, weights = check_pair("an attention", self.attention(hidden, mask, attend))
+        attended, weights = states_and_weights("an attention", self.attention(hidden, mask, attend))
         hidden = self.attention_norm(attended + hidden)
         hidden = self.feed_forward_norm(self.feed_forward(hidden) + hidden)
         return hidden, weights

@@ -11,7 +11,7 @@ from torch.utils._pytree import _register_namedtuple
 from minibert.attention import ATTENTION_FUNCTIONS, expand_mask
 from minibert.config import BertConfig
 from minibert.embeddings import Embeddings
-from minibert.inputs import check_dtype, check_inputs, check_pair
+from minibert.inputs import check_dtype, check_inputs, states_and_weights
 from minibert.layers import EncoderLayer, Pooler
 from minibert.meta_device import without_numbers
 from minibert.packing import PaddedBatch
@@ -41,7 +41,8 @@ class BertModel(nn.Module):
     """The BERT encoder (Devlin et al. 2018, section 3), with random weights; see `from_pretrained`.
 
     `attention` is "sdpa" (fused), "eager" (written out, and can return its weights) or "packed" (the
-    layers see no padding, whose outputs are 0: the fastest on a CPU, and equal to rounding).
+    layers take (tokens, H) without padding, where their outputs are 0: the fastest on a CPU, and equal
+    to rounding).
     `add_pooling_layer`: with a `pooler` (a DistilBERT has none).
 
     Raises:
@@ -60,15 +61,20 @@ class BertModel(nn.Module):
 
     @property
     def attention(self) -> str:
-        """How attention is computed. Setting it raises ValueError for an unknown name."""
+        """How attention is computed. Raises ValueError for a name that is not known, or not in this process."""
+        self._check_attention(self._attention)
         return self._attention
 
     @attention.setter
     def attention(self, attention: str) -> None:
+        self._check_attention(attention)
+        self._attention = attention
+
+    @staticmethod
+    def _check_attention(attention: str) -> None:
         if attention not in (*ATTENTION_FUNCTIONS, "packed"):
             names = ", ".join(ATTENTION_FUNCTIONS)
             raise ValueError(f"attention is {attention!r}, it must be {names} or packed")
-        self._attention = attention
 
     @property
     def device(self) -> torch.device:
@@ -135,13 +141,13 @@ class BertModel(nn.Module):
             batch = PaddedBatch(hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask)
             packed = batch.pack(hidden)  # (tokens, H)
             for layer in layers:
-                packed, _ = check_pair("a layer", layer(packed, None, batch.attend))
+                packed, _ = states_and_weights("a layer", layer(packed, None, batch.attend))
                 yield batch.unpack(packed), None
             return
         attend = ATTENTION_FUNCTIONS[self.attention]
         mask = expand_mask(attention_mask)  # (B, 1, T, T) or None
         for layer in layers:
-            hidden, weights = check_pair("a layer", layer(hidden, mask, attend))
+            hidden, weights = states_and_weights("a layer", layer(hidden, mask, attend))
             yield hidden, weights
 
     @classmethod
@@ -206,7 +212,7 @@ class BertModel(nn.Module):
         save_checkpoint(directory, self.config.to_dict(), self.state_dict(), shapes, other_files)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        """What `.to(...)`, `.half()` and their like call: `encode`'s copy of the old weights is dropped."""
+        """What `.to(...)`, `.half()` and their like call: `encode`'s copy, in fast_inference.py, is dropped."""
         vars(self).pop("_kept", None)
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call,no-any-return]
 
@@ -225,7 +231,7 @@ def uncompiled(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def unwrapped(model: nn.Module) -> BertModel:
+def bert_inside(model: nn.Module) -> BertModel:
     """The encoder that torch.compile may have wrapped.
 
     Raises:

@@ -20,7 +20,7 @@ from minibert.fast_attention import has_varlen
 from minibert.fast_inference import FastModel, fast_copy, in_batches, run_texts, token_budget
 from minibert.fused_layers import has_hook
 from minibert.inputs import check_dtype
-from minibert.model import BertModel, unwrapped
+from minibert.model import BertModel, bert_inside
 from minibert.modes import evaluating
 from minibert.onednn import onednn_products
 from minibert.packing import Packing, send, sum_by_halves
@@ -350,7 +350,7 @@ class SentenceEncoder(nn.Module):
         )
         files |= other_files or {}
         of_another = dict.fromkeys({*TOKENIZER_FILES, *OPTIONAL_FILES} - files.keys())  # that was here before
-        unwrapped(self.model).save_pretrained(directory, {**files, **of_another})
+        bert_inside(self.model).save_pretrained(directory, {**files, **of_another})
 
 
 def check_batch_size(batch_size: object) -> None:

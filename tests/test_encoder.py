@@ -1,6 +1,7 @@
 """The encoder without transformers: PyTorch's own layer as oracle, behaviour, and every bad input."""
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -217,8 +218,24 @@ def test_a_part_that_gives_no_pair_is_refused(attention: str, part: str) -> None
     model = BertModel(CONFIG, attention=attention).eval()
     model.get_submodule(part).register_forward_hook(lambda module, inputs, output: output[0])
     kind = "a layer" if part == "layers.1" else "an attention"
-    with pytest.raises(TypeError, match=f"{kind} gave a tensor, it must give a pair: its states, and the att"):
+    with pytest.raises(TypeError, match=f"{kind} gave a Tensor, it must give a pair: its states, and the att"):
         model(random_ids(2, 5))  # two texts, which could be taken for two outputs
+
+
+def test_a_part_that_gives_one_in_a_tuple_is_refused() -> None:
+    model = BertModel(CONFIG).eval()
+    model.layers[1].register_forward_hook(lambda module, inputs, output: output[:1])
+    with pytest.raises(TypeError, match="a layer gave a tuple of 1, it must give a pair: its states, and"):
+        model(random_ids(2, 5))
+
+
+def test_an_attention_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that unpickles a model and has not registered its attention."""
+    monkeypatch.setitem(ATTENTION_FUNCTIONS, "mine", sdpa_attention)
+    pickled = pickle.dumps(BertModel(CONFIG, attention="mine"))
+    monkeypatch.delitem(ATTENTION_FUNCTIONS, "mine")
+    with pytest.raises(ValueError, match="attention is 'mine', it must be eager, sdpa or packed"):
+        pickle.loads(pickled)(random_ids(2, 5))
 
 
 def test_a_layer_without_attention_weights_keeps_its_place() -> None:

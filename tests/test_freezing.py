@@ -374,7 +374,7 @@ def test_summary(model: MultiTaskModel) -> None:
         ("head:topic", "the model has no head 'topic', its heads are: type, sentiment"),
         ("only:heads.topic", "the model has no head 'topic', its heads are: type, sentiment"),
         ("only:layers.3", "'layers.3': the model has layers.0 to layers.2"),
-        ("only:layers.2-1", "'layers.2-1': the model has layers.0 to layers.2"),
+        ("only:layers.2-1", "'layers.2-1': the model has layers.0 to layers.2, and a range goes up"),
     ],
 )
 def test_a_plan_that_cannot_be(model: MultiTaskModel, spec: str, message: str) -> None:
