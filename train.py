@@ -31,7 +31,7 @@ from heads.features import compute, fill, size_in_bytes
 from heads.options import Options, read_options
 from heads.processes import FirstFailedError, Processes, catching_interrupts
 from heads.report import Bar, print_epoch, print_results, print_sets, write_report
-from heads.run_directory import RunDirectory
+from heads.run_directory import RunDirectory, check_room
 from heads.sets import read_sets
 from heads.tables import DataError, Example
 from heads.training_state import Progress, collect, restore
@@ -413,6 +413,9 @@ def open_run(options: Options, model: MultiTaskModel, processes: Processes, held
     """The directory of a new run, made by the first process."""
 
     def begin() -> Path:
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        # best, last, a new last beside it, and twice the optimizer's two numbers per parameter; 1 to spare
+        check_room(Path(options.output or "runs"), 0 if options.eval_only else 8 * size)
         path = Path(options.output) if options.output else next_directory()
         run = RunDirectory(path)
         if not options.resume:
@@ -422,9 +425,7 @@ def open_run(options: Options, model: MultiTaskModel, processes: Processes, held
             raise ValueError(
                 f"{path} holds a {taken[0]} already: give another --output, or go on with that run by --resume"
             )
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
-        # best, last, a new last beside it, and twice the optimizer's two numbers per parameter; 1 to spare
-        run.begin(options.resolved(), 0 if options.eval_only else 8 * size)
+        run.begin(options.resolved())
         return path
 
     return RunDirectory(processes.from_first(begin))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from heads.data import SentenceDataset
@@ -57,12 +57,11 @@ def write_report(
     run.write(report | {"report.md": f"{text}\n".encode()})
     if importlib.util.find_spec("matplotlib"):  # once the rest is safe
         try:
-            names = draw(run.path, epochs, results, labels)
-        except Exception as error:  # a library that does not fit, a directory in the way
+            figures = draw(epochs, results, labels)
+            text += "".join(f"\n\n![{name}]({name})" for name in figures)
+            run.write(figures | {"report.md": f"{text}\n".encode()})
+        except Exception as error:  # a library that does not fit, a directory in the way, a full disk
             warnings.warn(f"nothing was drawn: {error}", stacklevel=2)
-            return
-        text += "".join(f"\n\n![{name}]({name})" for name in names)
-        run.write({"report.md": f"{text}\n".encode()})
 
 
 def print_sets(sets: Mapping[str, SentenceDataset], labels: Mapping[str, Sequence[str]]) -> None:
@@ -205,19 +204,20 @@ def _confusions(name: str, tasks: Mapping[str, TaskMetrics], labels: Mapping[str
 
 
 def draw(
-    directory: Path, epochs: list[dict[str, Any]], results: Results, labels: Mapping[str, tuple[str, ...]]
-) -> list[str]:
-    """Curves of each task, with a line where something was unfrozen, and confusion matrices. Returns names."""
+    epochs: list[dict[str, Any]], results: Results, labels: Mapping[str, tuple[str, ...]]
+) -> dict[str, bytes]:
+    """Curves of each task, with a line where something was unfrozen, and confusion matrices, as PNG files."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = []
+    files = {}
 
     def save(figure: Figure, name: str) -> None:
+        content = io.BytesIO()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing")  # of a script the font lacks
-            FigureCanvasAgg(figure).print_png(directory / name)
-        names.append(name)
+            FigureCanvasAgg(figure).print_png(content)
+        files[name] = content.getvalue()
 
     steps = [record["step"] for record in epochs]
     changes = [a["step"] for a, b in pairwise(epochs) if a["trained"] != b["trained"]]
@@ -252,4 +252,4 @@ def draw(
                 axes.set_yticks(ticks, shown, parse_math=False)
             axes.set(xlabel="predicted", ylabel="true", title=f"{task}, {name}")
             save(figure, f"confusion-{name}-{task}.png")
-    return names
+    return files

@@ -62,18 +62,12 @@ class RunDirectory:
         for leftover in self.path.glob(".saving-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def begin(self, config: dict[str, Any], bytes_needed: int) -> None:
-        """Writes config.json and an empty metrics.jsonl; refuses a disk without room for the checkpoints.
+    def begin(self, config: dict[str, Any]) -> None:
+        """Writes config.json and an empty metrics.jsonl.
 
         First config.json, since a run that has it can be gone on with.
         """
         with _writing(self.path):
-            free = shutil.disk_usage(self.path).free
-            if free < bytes_needed:
-                raise CheckpointError(
-                    f"{self.path}: {free / 1e6:,.0f} MB are free, checkpoints may take "
-                    f"{bytes_needed / 1e6:,.0f} MB"
-                )
             self.write({"config.json": to_json(config)})
             self.log_file.touch()
             os.truncate(self.log_file, 0)
@@ -109,12 +103,19 @@ class RunDirectory:
         """Replaces best/ or last/ as a whole."""
         fresh, old, place = self.path / f".{name}.new", self.path / f".{name}.old", self.path / name
         shutil.rmtree(fresh, ignore_errors=True)
-        model.save_pretrained(fresh)
-        if progress is not None:
-            with _writing(self.log_file), self.log_file.open("ab") as file:
-                os.fsync(file.fileno())  # it must not be shorter than this after a power cut
-                values = asdict(progress) | {"metrics_bytes": file.tell()}
-            write_directory(fresh, {STATE: state or {}, PROGRESS: to_json(values)})
+        try:
+            model.save_pretrained(fresh)
+            if progress is not None:
+                with _writing(self.log_file), self.log_file.open("ab") as file:
+                    os.fsync(file.fileno())  # it must not be shorter than this after a power cut
+                    values = asdict(progress) | {"metrics_bytes": file.tell()}
+                write_directory(fresh, {STATE: state or {}, PROGRESS: to_json(values)})
+        except BaseException as error:
+            shutil.rmtree(fresh, ignore_errors=True)
+            if isinstance(error, CheckpointError):
+                hint = f"best/ and last/ are as last saved: free some room and --resume the run in {self.path}"
+                raise CheckpointError(f"{error}; {hint}") from error
+            raise
         with _writing(place):
             shutil.rmtree(old, ignore_errors=True)
             if place.exists():
@@ -154,6 +155,17 @@ class RunDirectory:
         if not self.log_file.is_file() or self.log_file.stat().st_size < progress.metrics_bytes:
             raise CheckpointError(f"{self.log_file} is missing or shorter than it was when last/ was saved")
         os.truncate(self.log_file, progress.metrics_bytes)
+
+
+def check_room(path: Path, needed: int) -> None:
+    """Raises CheckpointError if fewer bytes than `needed` are free where a directory is, or will be."""
+    with _writing(path):
+        there = next(place for place in (path, *path.absolute().parents) if place.exists())
+        free = shutil.disk_usage(there).free
+    if free < needed:
+        raise CheckpointError(
+            f"{path}: {free / 1e6:,.0f} MB are free, checkpoints may take {needed / 1e6:,.0f} MB"
+        )
 
 
 @contextmanager

@@ -250,7 +250,9 @@ def _write_embeddings(output: Path, embeddings: NDArray[np.float32]) -> None:
     temporary = output.with_name(f".{output.name}.{os.getpid()}{output.suffix}")
     with whole_or_gone(temporary, output):
         if output.suffix == ".npy":
-            np.save(temporary, embeddings)
+            content = io.BytesIO()
+            np.save(content, embeddings)  # into a file it would not notice that the last bytes found no room
+            temporary.write_bytes(content.getbuffer())
             record_file(output).unlink(missing_ok=True)  # of an array that was here before
         else:
             temporary.write_bytes(save({"embeddings": embeddings}))

@@ -116,9 +116,9 @@ def encode_file(
                         "write what its encode_blocks gives yourself"
                     )
                 _write(part, done, block.float().cpu().numpy())  # the rows before the record that counts them
+                _write_record(part, task | {"done": done + len(block), "cut": cut + cut_here})
                 done += len(block)
                 cut += cut_here
-                _write_record(part, task | {"done": done, "cut": cut})
             if done < stop - start or _version(text) != version:
                 record_file(part).unlink()  # nobody knows which rows are of which text
                 raise ValueError(f"{text} was changed while it was read: encode it again")
@@ -234,9 +234,9 @@ def _read_record(file: Path) -> dict[str, Any]:
 
 def _write_record(file: Path, record: dict[str, Any]) -> None:
     temporary = Path(f"{file}.json.new")
-    with whole_or_gone(temporary):
+    with whole_or_gone(temporary, record_file(file)):
         temporary.write_bytes(to_json(record))
-    temporary.replace(record_file(file))
+        temporary.replace(record_file(file))
 
 
 def _rows_done(part: Path, task: dict[str, Any], resume: bool) -> tuple[int, int]:

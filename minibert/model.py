@@ -192,7 +192,8 @@ class BertModel(nn.Module):
     ) -> None:
         """Writes config.json and model.safetensors with the published names.
 
-        A new directory appears whole; in an existing one files are replaced one after another, each whole.
+        A new directory appears whole; in an existing one files are replaced one after another, each whole,
+        config.json last: without it nothing loads them.
 
         `other_files` (name -> bytes, tensors for safetensors, or None to remove it) are written with them.
 

@@ -54,7 +54,7 @@ def plots_or_none(request: pytest.FixtureRequest) -> Iterator[None]:
     """Only runs of tests marked `plots` draw: it takes half a second, more than most of them train."""
     with pytest.MonkeyPatch.context() as patched:
         if request.node.get_closest_marker("plots") is None:
-            patched.setattr("heads.report.draw", lambda *_: [])
+            patched.setattr("heads.report.draw", lambda *_: {})
         yield
 
 

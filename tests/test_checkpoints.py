@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from minibert import BertConfig, BertModel
 from minibert.memory import release_memory
 from tests.conftest import TINY, save_random, save_random_bert
+from tests.full_disk import no_file_beyond
 from weights import CheckpointError, load_checkpoint
 from weights.checkpoint import collapse_layers
 from weights.convert import convert
@@ -230,16 +230,39 @@ def test_saved_bits_equal_the_published_ones(minilm: Path, tmp_path: Path) -> No
 def test_a_full_disk_leaves_nothing_and_changes_nothing(copy: Path, tmp_path: Path) -> None:
     model = BertModel.from_pretrained(copy)
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # no file may grow beyond
-    try:
-        for target in (copy, tmp_path / "fresh"):
-            with pytest.raises(CheckpointError, match=r"cannot be written: .*File too large"):
-                model.save_pretrained(target)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    for target in (copy, tmp_path / "fresh"):
+        with (
+            no_file_beyond(50_000),
+            pytest.raises(CheckpointError, match=r"cannot be written: .*File too large"),
+        ):
+            model.save_pretrained(target)
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_mixture_of_old_and_new_files_is_not_loaded(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved over another of the same shapes, and killed before the file that is replaced last."""
+    model = BertModel.from_pretrained(copy)
+    replaced = []
+    replace = Path.replace
+
+    def dying(self: Path, target: Path) -> Path:
+        if target.name == "config.json":
+            raise KeyboardInterrupt
+        replaced.append(target.name)
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", dying)
+        with pytest.raises(KeyboardInterrupt):
+            model.save_pretrained(copy, {"more.json": b"{}"})
+    assert replaced == ["model.safetensors", "more.json"]
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        BertModel.from_pretrained(copy)
+    model.save_pretrained(copy)
+    assert_same_weights(BertModel.from_pretrained(copy), model)
 
 
 def test_saving_into_odd_places(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

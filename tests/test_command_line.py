@@ -1,9 +1,7 @@
 """python -m minibert, as a stranger would call it."""
 
-import errno
 import io
 import json
-import os
 import subprocess
 import sys
 import warnings
@@ -20,6 +18,7 @@ from tqdm import tqdm
 from minibert import SentenceEncoder
 from minibert.__main__ import main
 from tests.conftest import TINY, save_random_bert
+from tests.full_disk import no_file_beyond
 from tests.terminal import shown_on_a_terminal
 
 MODEL = ["--model", "all-MiniLM-L6-v2", "--device", "cpu"]  # a GPU's last bits are others
@@ -198,15 +197,16 @@ def test_bad_input_is_one_sentence(
 def test_a_full_disk_is_one_sentence(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(np, "save", full)
-    monkeypatch.setattr(Path, "write_bytes", full)
-    assert main(["encode", *MODEL, "a sentence", "-o", str(tmp_path / name)]) == 2
-    error = capsys.readouterr().err
-    assert error == f"minibert: error: {tmp_path / name} cannot be written: No space left on device\n"
-    assert list(tmp_path.iterdir()) == []
+    """Also if only the last few bytes find no room: what was there before stays."""
+    command = ["encode", *MODEL, "a sentence", "-o", str(tmp_path / name)]
+    for before in ([], [name]):
+        with no_file_beyond(1500):  # of 1,600 or more
+            assert main(command) == 2
+        error = capsys.readouterr().err
+        assert error == f"minibert: error: {tmp_path / name} cannot be written: File too large\n"
+        assert [path.name for path in tmp_path.iterdir()] == before
+        assert main(command) == 0
+    assert (tmp_path / name).stat().st_size > 1536
 
 
 @pytest.mark.parametrize("kind", ["GPU", "CPU"])

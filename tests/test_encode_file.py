@@ -231,6 +231,32 @@ def test_a_run_that_fails_at_once_leaves_nothing(
     assert files(text) == set()
 
 
+def test_a_block_without_its_record_does_not_count(
+    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = sys.modules["minibert.encode_file"]
+    write, records = module._write_record, []
+
+    def stopping(*record: Any) -> None:
+        records.append(record)
+        if len(records) == stop:
+            raise KeyboardInterrupt
+        write(*record)
+
+    for stop, message in (
+        (1, "stopped after 0 of 23 rows, before the first were written"),
+        (3, "after 8 of 23"),
+    ):
+        records.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_write_record", stopping)
+            assert encode(small, text) == 130
+        assert message in capsys.readouterr().err
+        assert bool(files(text)) == (stop > 1)
+    assert encode(small, text, "--resume") == 0
+    assert_holds(text, small, LINES)
+
+
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no way to ask for room on the disk")
 def test_a_full_disk_is_noticed_before_the_work(
     small: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

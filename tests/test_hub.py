@@ -250,6 +250,20 @@ def test_any_repository_is_fetched_once(hub: Hub, shell: Shell, published: Path)
     assert shell.fetch("org/tiny", HF_HUB_OFFLINE="1").returncode == 0
 
 
+def test_a_full_disk_is_not_called_a_network(hub: Hub, shell: Shell, published: Path) -> None:
+    hub.repos["org/tiny"] = published
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+    result = shell.run(
+        "-c", f"{full}from minibert.__main__ import main; raise SystemExit(main(['fetch', 'org/tiny']))"
+    )
+    assert result.returncode == 2
+    message = (
+        f"org/tiny cannot be written to {shell.home / 'hub'}: File too large: make room there, or set HF_HOME"
+    )
+    assert message in result.stderr
+    assert shell.fetch("org/tiny").returncode == 0
+
+
 def test_sharded_repository(hub: Hub, shell: Shell, published: Path) -> None:
     shard(published)
     hub.repos["org/tiny"] = published

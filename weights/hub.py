@@ -1,5 +1,6 @@
 """A model's name or path -> a local directory that holds its files."""
 
+import errno
 import hashlib
 import importlib.util
 import os
@@ -16,6 +17,8 @@ LENGTH_FILES = ("sentence_bert_config.json", "sentence_distilbert_config.json")
 MODULES = "modules.json"
 # all of its files, fetched in this order: last the one that names the others
 POOLING_FILES = (*LENGTH_FILES, "config_sentence_transformers.json", "1_Pooling/config.json", MODULES)
+# what a disk may say, not the network
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 OPTIONAL_FILES = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", *POOLING_FILES)
 
 
@@ -180,7 +183,7 @@ def download(name: str) -> Path:
         CheckpointError: no BERT or DistilBERT; or the weights are not those that the catalog pins, and are
             removed again.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
 
     entry = find(name)
     repo, revision = (entry.repo, entry.revision) if entry else (name, "main")
@@ -197,6 +200,11 @@ def download(name: str) -> Path:
     except CheckpointError:
         raise
     except Exception as error:  # httpx's, requests' or the hub's own, depending on its version
+        if isinstance(error, OSError) and error.errno in DISK:
+            raise ModelNotFoundError(
+                f"{name} cannot be written to {constants.HF_HUB_CACHE}: {error.strerror}: make room there, or "
+                "set HF_HOME to another place"
+            ) from error
         raise _not_found(name, error) from error
     if entry is not None:
         try:

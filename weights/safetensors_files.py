@@ -132,8 +132,9 @@ def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Te
 
     None means that there is to be no file of this name: one of an earlier model is removed.
 
-    Everything is written and flushed to a temporary place first. A new directory then appears in
-    one rename; in an existing one each file is replaced whole, one after another in the order given.
+    Everything is written and flushed to a temporary place first. A new directory then appears in one
+    rename; in an existing one each file is replaced whole, one after another. If there are several and one
+    is config.json, it is away meanwhile: without it nobody loads some old and some new ones.
 
     Raises:
         CheckpointError: the destination cannot be written.
@@ -157,7 +158,9 @@ def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Te
             for name, content in files.items():
                 if content is not None:
                     (directory / name).parent.mkdir(exist_ok=True)
-            for name, content in files.items():
+            if len(files) > 1 and "config.json" in files:
+                (directory / "config.json").unlink(missing_ok=True)
+            for name, content in sorted(files.items(), key=lambda file: file[0] == "config.json"):
                 if content is None:
                     (directory / name).unlink(missing_ok=True)
                 else:

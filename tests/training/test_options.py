@@ -13,8 +13,9 @@ import pytest
 import train
 from heads import MultiTaskModel
 from heads.options import Options, read_options
+from tests.full_disk import no_file_beyond
 from tests.terminal import shown_on_a_terminal
-from tests.training.conftest import Main, table
+from tests.training.conftest import Main, assert_same_run, table
 
 
 @pytest.mark.parametrize(
@@ -141,8 +142,8 @@ def test_an_output_that_cannot_be_written(
     free = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     run = main("full", status=2)
-    assert "1 MB are free, checkpoints may take" in capsys.readouterr().err
-    assert not list(run.iterdir())
+    assert f"{run}: 1 MB are free, checkpoints may take" in capsys.readouterr().err
+    assert not run.exists()
     monkeypatch.undo()
 
     def dying(*_: Any) -> None:
@@ -172,6 +173,17 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
     assert json.loads((run / "last/training.json").read_text())["step"] == 8
     MultiTaskModel.from_pretrained(run / "last")
     MultiTaskModel.from_pretrained(run / "best")
+
+
+def test_what_finds_no_room_is_removed(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of last/ the model was written, the optimizer's state was not."""
+    with no_file_beyond(6_000_000):
+        run = main("run", status=2)
+    hint = f"best/ and last/ are as last saved: free some room and --resume the run in {run}"
+    assert re.search(rf"File too large.*; {hint}\n", capsys.readouterr().err)
+    assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
+    assert train.main(["--output", str(run), "--resume"]) == 0
+    assert_same_run(run, main("whole"))
 
 
 def test_a_progress_bar_on_a_terminal_only(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
