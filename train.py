@@ -319,6 +319,8 @@ def run_all(options: Options, processes: Processes, held: ExitStack) -> None:
     """Data, model, training or only evaluation, report. Holds the run's directory until `held` is closed."""
     examples, tasks = read_sets(options)
     progress = Progress({name: fingerprint(some) for name, some in examples.items()}, processes.count)
+    if any(data != progress.data for data in processes.gather(progress.data)):
+        raise DataError("the processes have read different sentences: give each the same files")
     state: dict[str, Tensor] = {}
     run = None
     if options.resume:
@@ -459,10 +461,11 @@ def finish(
             dataset.forget_features()
             results[name] = evaluate(model, dataset, processes)
             majorities[name] = majority_accuracies(sets, name)
+    subject = options.model if options.eval_only else "the best checkpoint"
     if run is not None:
         plan = "evaluated only" if options.eval_only else summary(options.plan(), model, epoch)
-        write_report(run, results, labels=model.labels, majorities=majorities, plan=plan)
-    print_results(options.model if options.eval_only else "the best checkpoint", results, majorities)
+        write_report(run, subject, results, labels=model.labels, majorities=majorities, plan=plan)
+    print_results(subject, results, majorities)
     print()
     for sentence, prediction in zip(EXAMPLES, model.predict(EXAMPLES), strict=True):
         answers = (f"{task}: {p['label']} ({p['probability']:.0%})" for task, p in prediction.items())
@@ -506,9 +509,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            tell("error: out of memory, try a smaller --batch-size")
+        elif "by peer" in str(error):  # gloo: "Connection closed by peer", or reset
+            print(
+                "train.py: error: another process has ended, so this one stops; see --resume", file=sys.stderr
+            )
+        else:
             raise
-        tell("error: out of memory, try a smaller --batch-size")
         return 2
 
 

@@ -90,7 +90,8 @@ class MultiTaskModel(nn.Module):
         self.encoder = encoder
         self.heads = Heads(heads)
         numbers = {n: map(str, range(h.out.out_features)) for n, h in heads.items() if _is_plain(h)}
-        self.labels = {name: tuple(names) for name, names in {**numbers, **labels}.items()}
+        names: dict[str, Iterable[str]] = {**numbers, **labels}
+        self.labels: dict[str, tuple[str, ...]] = {task: tuple(each) for task, each in names.items()}
         self.tokenizer = tokenizer
 
     def forward(
@@ -125,8 +126,7 @@ class MultiTaskModel(nn.Module):
             raise ValueError("predict needs a tokenizer: give one, MultiTaskModel(..., tokenizer=...)")
         check_batch_size(batch_size)
         texts = as_list(sentences)
-        with evaluating(self):
-            logits = self._logits_of(texts, batch_size, self.tokenizer) if texts else {}
+        logits = self._logits_of(texts, batch_size, self.tokenizer) if texts else {}
         for name, scores in logits.items():
             if scores.dim() != 2:
                 raise ValueError(
@@ -146,11 +146,13 @@ class MultiTaskModel(nn.Module):
         if has_plain_forward(self, MultiTaskModel):
             encoder = SentenceEncoder(self.encoder, tokenizer)
             embeddings = encoder.encode(texts, batch_size, convert_to_tensor=True, show_progress_bar=False)
-            return self.classify(embeddings).logits
+            with evaluating(self.heads):
+                return self.classify(embeddings).logits
         size = batch_size or BATCH_SIZE
         batches = [tokenizer(texts[start : start + size]) for start in range(0, len(texts), size)]
         device = self.encoder.device
-        parts = [self(**{name: ids.to(device) for name, ids in batch.items()}).logits for batch in batches]
+        with evaluating(self):
+            parts = [self(**{name: ids.to(device) for name, ids in batch.items()}).logits for batch in batches]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def label(self, task: str, index: int) -> str:

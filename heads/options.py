@@ -114,6 +114,8 @@ class Options:
             raise ValueError("--task, --validation and --test need --train FILE (or --eval-only)")
         if bool(self.task) != bool(self.train or self.validation or self.test):
             raise ValueError("files need --task NAME=COLUMN, and --task needs files")
+        self.plan()  # what cannot be in these two is said before anything is read, too
+        self.loss_weights()
 
     def pairs(self, name: str) -> dict[str, str]:
         """The NAME=VALUE of a repeatable option, by name."""

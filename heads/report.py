@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import sys
 import time
 import warnings
 from collections import Counter
@@ -25,6 +26,7 @@ Results = Mapping[str, Mapping[str, TaskMetrics]]  # set -> task -> metrics
 
 def write_report(
     run: RunDirectory,
+    subject: str,
     results: Results,
     *,
     labels: Mapping[str, tuple[str, ...]],
@@ -34,7 +36,8 @@ def write_report(
     """Writes report.json, report.md and the plots.
 
     Args:
-        results: set -> task -> metrics of the best checkpoint.
+        subject: which model this is about.
+        results: set -> task -> its metrics.
         labels: task -> label names, for the confusion matrices.
         majorities: set -> task -> accuracy of always giving the most frequent training label.
         plan: what was trained, as text.
@@ -48,7 +51,7 @@ def write_report(
         [
             "# Training report",
             f"```\n{plan}\n```",
-            *(_results(name, tasks, majorities[name]) for name, tasks in results.items()),
+            *(_results(f"{subject} on {name}", tasks, majorities[name]) for name, tasks in results.items()),
             _history(epochs),
             *(_confusions(name, tasks, labels) for name, tasks in results.items()),
         ]
@@ -114,7 +117,7 @@ class Bar:
     def __init__(self, title: str, unit: str, total: int, done: int = 0, *, hidden: bool) -> None:
         from tqdm import tqdm
 
-        disabled = True if hidden else None  # None: where there is no terminal
+        disabled = True if hidden or sys.stderr is None else None  # None: where there is no terminal
         self.bar = tqdm(total=total, initial=done, desc=title, unit=unit, leave=False, disable=disabled)
         self.began = time.perf_counter()
         self.tokens = 0
@@ -153,14 +156,14 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
-def _results(name: str, tasks: Mapping[str, TaskMetrics], majorities: Mapping[str, float | None]) -> str:
+def _results(title: str, tasks: Mapping[str, TaskMetrics], majorities: Mapping[str, float | None]) -> str:
     rows = [
         [task, shown(m.loss), percent(m.accuracy), shown(m.macro_f1), percent(majorities[task])]
         for task, m in tasks.items()
     ]
     header = ["task", "loss", "accuracy", "macro-F1", "majority class"]
     note = "Majority class: the accuracy of always answering what is most frequent in training."
-    return f"## The best checkpoint on {name}\n\n{_table(header, rows)}\n\n{note}"
+    return f"## Results: {title}\n\n{_table(header, rows)}\n\n{note}"
 
 
 def _history(epochs: list[dict[str, Any]]) -> str:

@@ -33,7 +33,8 @@ STATE = "training.safetensors"
 
 
 class RunDirectory:
-    """Reads and writes the files of one run. Nothing is ever seen half-written, whenever the process dies.
+    """Reads and writes the files of one run. Whenever the process dies, nothing is seen half-written, but
+    perhaps the last line of metrics.jsonl.
 
     Raises:
         CheckpointError: a file cannot be written, or is not what `save` wrote.

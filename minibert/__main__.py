@@ -134,10 +134,12 @@ def _encode(arguments: argparse.Namespace) -> None:
     if output is not None:
         _check_output(output)
     file = _text_file(arguments.sentences)
+    if file is not None:
+        file.stat()  # if it is not there, that is said, whatever else is asked
     if file is not None and output is not None and output.suffix == ".npy" and file.is_file():
         _encode_file(arguments, file, output)
         return
-    if arguments.resume or arguments.shard:
+    if arguments.resume or arguments.shard is not None:
         raise ValueError("--resume and --shard need a text file and -o FILE.npy")
     if output is not None and Shard.from_torchrun():
         raise ValueError(f"several processes would write {output}: give them a text file and -o FILE.npy")
@@ -154,7 +156,7 @@ def _encode(arguments: argparse.Namespace) -> None:
 
 
 def _encode_file(arguments: argparse.Namespace, file: Path, output: Path) -> None:
-    shard = Shard.parse(arguments.shard) if arguments.shard else Shard.from_torchrun()
+    shard = Shard.parse(arguments.shard) if arguments.shard is not None else Shard.from_torchrun()
     written = encode_file(
         _load(arguments),
         file,

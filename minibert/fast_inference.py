@@ -29,7 +29,7 @@ from minibert.packing import PackedBatch, Packing
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 65536}
 NUMBER_BUDGET = {"cpu": 2048 * 768, "cuda": 32768 * 768}
 SAMPLE = 16  # so many numbers, a line of the cache, of each Linear's matrix and bias are compared
-_LOCK = threading.Lock()  # threads may encode at the same time
+_LOCK = threading.RLock()  # threads, and a signal handler in between, may encode at the same time
 
 
 class FastModel:
@@ -75,7 +75,8 @@ class _Kept:
 
     def __init__(self, model: BertModel, dtype: torch.dtype | None) -> None:
         modules, self.parameters = list(model.modules()), list(model.parameters())
-        self.namespaces = [vars(module) for module in modules[1:]]
+        self.inner = modules[1:]  # not the model, which would hold itself
+        self.namespaces = [vars(module) for module in self.inner]
         self.namespaces += [names for module in modules for names in (module._parameters, module._modules)]
         self.hooks = [each for module in modules for each in (module._forward_hooks, module._forward_pre_hooks)]
         self.parts, self.numbers = self._parts(model), self._numbers(dtype)
@@ -98,10 +99,11 @@ class _Kept:
         )
 
     def _parts(self, model: BertModel) -> list[object]:
-        """All parts, settings, functions and parameters."""
-        own = (value for name, value in vars(model).items() if name != "_kept")
+        """All parts and their classes, settings, functions and parameters."""
+        own = (value for name, value in list(vars(model).items()) if name != "_kept")
         attend = ATTENTION_FUNCTIONS.get(model.attention)
-        return [attend, *own, *chain.from_iterable(map(dict.values, self.namespaces))]
+        classes = map(type, (model, *self.inner))
+        return [attend, *classes, *own, *chain.from_iterable(map(dict.values, self.namespaces))]
 
     def _numbers(self, dtype: torch.dtype | None) -> list[object]:
         """What changes when one is written to or moved, or a hook is set; of inference tensors, always."""

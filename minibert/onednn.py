@@ -62,18 +62,22 @@ def onednn_products() -> Iterator[None]:
     `products_through`.
     """
     global _users, _before
-    with _lock:
-        exact = are_exact()
-        if exact and _users == 0:
-            _before, _SETTING.fp32_precision = _SETTING.fp32_precision, "bf16"
-        _users += exact
+    entered = False
     try:
+        with _lock:
+            if are_exact():
+                if _users == 0:
+                    _before = _own_precision()
+                _users += 1
+                entered = True  # from here on an interrupt, too, is followed by what is below
+                _SETTING.fp32_precision = "bf16"
         yield
     finally:
-        with _lock:
-            _users -= exact
-            if exact and _users == 0:
-                _SETTING.fp32_precision = _before
+        if entered:
+            with _lock:
+                _users -= 1
+                if _users == 0:
+                    _SETTING.fp32_precision = _before
 
 
 def products_through(library: Literal["oneDNN", "MKL"], states: Tensor) -> AbstractContextManager[None]:
@@ -89,11 +93,18 @@ def products_through(library: Literal["oneDNN", "MKL"], states: Tensor) -> Abstr
 @contextmanager
 def _through(precision: str) -> Iterator[None]:
     with _lock:
-        before, _SETTING.fp32_precision = _SETTING.fp32_precision, precision
+        before = _own_precision()
         try:
+            _SETTING.fp32_precision = precision
             yield
         finally:
             _SETTING.fp32_precision = before
+
+
+def _own_precision() -> str:
+    """The setting as it was given: "none" where it reads as its parent's, to which it is to go back."""
+    own, parent = _SETTING.fp32_precision, torch.backends.mkldnn.fp32_precision
+    return "none" if own == parent else own
 
 
 def multiplies(states: Tensor, length: int) -> bool:

@@ -141,6 +141,7 @@ class PackedBatch:
         packing = Packing.of(map(len, rows), device, fill=True)
         upwards, filling = np.arange(packing.longest), np.zeros(packing.filling, np.int64)
         positions = np.concatenate([*(upwards[: len(row)] for row in rows), filling])  # (tokens,)
+        filling += rows[-1][0]  # of another token the numbers, though they have no weight, might be nan
         ids = np.fromiter(chain(*rows, filling), np.int64, len(positions))
         check_ids(config, ids, packing.longest)
         return cls(send(ids, device), send(positions, device), packing)

@@ -154,6 +154,15 @@ class SentenceEncoder(nn.Module):
         convert_to_tensor: Literal[True],
         show_progress_bar: bool | None = ...,
     ) -> Tensor: ...
+    @overload
+    def encode(
+        self,
+        sentences: str | Iterable[str],
+        batch_size: int | None = ...,
+        normalize_embeddings: bool | None = ...,
+        convert_to_tensor: bool = ...,
+        show_progress_bar: bool | None = ...,
+    ) -> NDArray[np.float32] | Tensor: ...
     def encode(
         self,
         sentences: str | Iterable[str],
@@ -397,10 +406,17 @@ def _read_block(texts: Iterator[str]) -> list[str]:
     return block
 
 
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):  # something of the user's in its place; closed
+        return False
+
+
 @contextmanager
 def _progress_bar(total: int | None, show: bool | None) -> Iterator[Callable[[int], object]]:
     """Gives what is to be called with a number of sentences when so many are done."""
-    if show is False or (show is None and not (sys.stderr and sys.stderr.isatty())):
+    if show is False or sys.stderr is None or (show is None and not _is_terminal(sys.stderr)):
         yield lambda sentences: None
         return
     from tqdm import tqdm

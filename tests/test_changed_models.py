@@ -34,6 +34,11 @@ class Louder(nn.Module):
         return self.inner(*inputs) * torch.arange(36)  # type: ignore[no-any-return]
 
 
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 def uniform_attention(
     _: object, __: object, value: Tensor, mask: Tensor | None, ___: object
 ) -> tuple[Tensor, None]:
@@ -80,6 +85,9 @@ def changes() -> list[Callable[[BertModel], None]]:
         value = model.get_submodule("layers.0.attention.value")
         forward = value.forward
         value.forward = lambda x: 2 * forward(x)
+
+    def other_class(model: BertModel) -> None:
+        model.get_submodule("layers.0.attention.value").__class__ = Doubled
 
     def new_module(model: BertModel) -> None:
         model.layers[0].attention.value = nn.Linear(36, 36)  # type: ignore[union-attr]
@@ -213,7 +221,7 @@ def changes() -> list[Callable[[BertModel], None]]:
         *(merged, plain_tensor, without_cls, mixes_tokens, fewer_heads, fewer_inner_numbers, own_attention),
         *(own_function, one_key_for_all_heads, no_layers, limited_table),
         *(no_bias, activation, activation_alone, other_forward, outside_forward, outside_hook),
-        *(new_module, adapter, table_adapter, other_embeddings, other_layer, other_norm),
+        *(new_module, other_class, adapter, table_adapter, other_embeddings, other_layer, other_norm),
         *(other_eps, other_head_size, other_activation, other_method),
     ]
 

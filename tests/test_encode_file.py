@@ -525,15 +525,24 @@ def test_processes_of_torchrun_take_a_shard_each(
     ("shards", "message"),
     [
         ([], "no shards found, such as "),
+        (["1/2 stopped"], "out-00001-of-00002.npy.part is not finished, go on with it by --resume"),
         (["1/3", "3/3"], "out-00002-of-00003.npy not there, or not finished"),
         (["1/2", "2/2", "1/3"], "there are shards of 2 and of 3, remove those of the other run"),
     ],
 )
 def test_what_cannot_be_merged(
-    small: Path, text: Path, capsys: pytest.CaptureFixture[str], shards: list[str], message: str
+    small: Path,
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    shards: list[str],
+    message: str,
 ) -> None:
-    for shard in shards:
-        assert encode(small, text, "--shard", shard) == 0
+    for shard, _, stopped in (each.partition(" ") for each in shards):
+        with monkeypatch.context() as patch:
+            if stopped:
+                stop_after(patch, 1, KeyboardInterrupt())
+            assert encode(small, text, "--shard", shard) == (130 if stopped else 0)
     assert main(["merge", str(text.with_name("out.npy"))]) == 2
     assert message in capsys.readouterr().err
     assert "out.npy" not in files(text)
@@ -573,6 +582,10 @@ def test_resume_and_shard_need_files(small: Path, text: Path, capsys: pytest.Cap
     assert main(["encode", "--model", str(small), "a sentence", "--resume"]) == 2
     assert encode(small, text, "--shard", "1/2", output="out.safetensors") == 2
     assert capsys.readouterr().err.count("--resume and --shard need a text file and -o FILE.npy") == 2
+    assert encode(small, text, "--shard", "") == 2  # as with a variable that is not set
+    assert "--shard : give I/N, such as 1/4" in capsys.readouterr().err
+    assert encode(small, text.with_name("gone.txt"), "--resume") == 2
+    assert "No such file or directory: " in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------ streaming

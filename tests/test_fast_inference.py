@@ -287,6 +287,17 @@ def test_a_text_without_finite_numbers_leaves_others_alone(
     np.testing.assert_array_equal(together, np.stack([encoder.encode(text) for text in texts]))
 
 
+def test_a_token_that_no_text_has_may_be_no_number(minilm: Path) -> None:
+    """Such as [PAD]: what a long text's heads are filled up with has no weight, but 0 times nan is nan."""
+    encoder = SentenceEncoder.from_pretrained(minilm)
+    texts = [f"{'dog ' * n}" for n in range(60, 90)]
+    expected = encoder.encode(texts)
+    with torch.no_grad():
+        encoder.model.embeddings.word.weight[0] = torch.nan
+    np.testing.assert_array_equal(encoder.encode(texts), expected)
+    np.testing.assert_array_equal(np.stack([encoder.encode(text) for text in texts]), expected)
+
+
 def test_two_types_of_one_model_in_two_threads(minilm: Path) -> None:
     model, tokenizer = BertModel.from_pretrained(minilm), Tokenizer.from_pretrained(minilm)
     encoders = [SentenceEncoder(model, tokenizer, dtype=dtype) for dtype in (None, torch.bfloat16)]

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -129,6 +130,35 @@ def test_predict_calls_hooks_around_the_model(small: Path) -> None:
 
     model.register_forward_hook(louder)
     assert {p["type"]["label"] for p in model.predict(SENTENCES)} == {"statement"}
+
+
+def test_predict_leaves_the_encoder_in_its_mode(small: Path) -> None:
+    """Another thread may be training it; the heads alone are in eval mode, for as long as they compute."""
+    model = build(small).train()
+    modes = []
+    model.heads["type"].register_forward_hook(
+        lambda head, *_: modes.append((head.training, [part.training for part in model.encoder.modules()]))
+    )
+    model.predict(SENTENCES)
+    assert modes == [(False, [True] * len(list(model.encoder.modules())))]
+    assert all(part.training for part in model.modules())
+
+
+def test_modes_after_an_interrupt(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that comes before all parts are in eval mode."""
+    model = build(small).train()
+    model.encoder.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    for _ in range(2):  # nothing is left of the first for the second
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                type(model.encoder.layers[0]), "eval", interrupted := Mock(side_effect=KeyboardInterrupt)
+            )
+            patch.setattr(type(model), "eval", lambda self: [child.eval() for child in self.encoder.layers])
+            with pytest.raises(KeyboardInterrupt), evaluating(model):
+                pass
+        interrupted.assert_called_once()
+        assert [module.training for module in model.modules()] == modes
 
 
 def test_modes_of_a_shared_encoder_are_restored_when_the_last_model_is_done(small: Path) -> None:

@@ -40,6 +40,21 @@ def test_linears_are_as_exact_as_ever_forward_and_backward(shape: tuple[int, int
         assert (ours - exact).abs().max() < 3e-7 * exact.abs().max() * outputs**0.5
 
 
+def test_what_was_inherited_is_inherited_again() -> None:
+    """The setting reads as its parent's; written back it would stay so when that one changes."""
+    try:
+        torch.backends.mkldnn.fp32_precision = "bf16"
+        with onednn_products():
+            pass
+        with products_through("MKL", torch.empty(1)):
+            pass
+        torch.backends.mkldnn.fp32_precision = "ieee"
+        assert setting() == "ieee"
+    finally:
+        torch.backends.mkldnn.fp32_precision = "none"
+    assert setting() == "none"
+
+
 def through_onednn(a: torch.Tensor, b: torch.Tensor, capfd: pytest.CaptureFixture[str]) -> bool:
     """Whether a @ b goes there, by oneDNN's own log."""
     with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):  # type: ignore[no-untyped-call]

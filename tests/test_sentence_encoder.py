@@ -1,5 +1,6 @@
 """`encode`: shapes, order, batching, normalisation, saving; sentence-transformers as oracle."""
 
+import io
 import json
 import random
 import shutil
@@ -405,6 +406,28 @@ def test_a_text_without_tokens_is_zero(
     monkeypatch.setattr(sys, "stderr", None)  # as in a process without a console
     assert tiny_encoder.encode(["", "a", ""]).any(1).tolist() == [False, True, False]
     assert tiny_encoder.encode("").tolist() == [0.0] * 36
+
+
+class Log(io.StringIO):
+    """What a service may put in the place of standard error."""
+
+    @property
+    def isatty(self) -> Any:
+        raise AttributeError("'Log' object has no attribute 'isatty'")
+
+
+@pytest.mark.parametrize("kind", ["log", "closed", "none"])
+def test_any_standard_error_will_do(
+    tiny_encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    stream = {"log": Log(), "closed": io.StringIO(), "none": None}[kind]
+    if stream is not None and kind == "closed":
+        stream.close()
+    expected = tiny_encoder.encode(["a", "b"])
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert np.array_equal(tiny_encoder.encode(["a", "b"]), expected)
+    if kind == "none":
+        assert np.array_equal(tiny_encoder.encode(["a", "b"], show_progress_bar=True), expected)
 
 
 def test_cut_layers_are_not_saved_under_the_old_number(tiny_encoder: SentenceEncoder, tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ from tests.training.conftest import Main, assert_same_run, table
         ("--epoch 3", "unrecognized arguments: --epoch 3"),
         ("--eval-only", "has no heads"),
         ("--resume", "holds no run, it has no config.json"),
+        ("--model no-such-model --lr -1", "lr is -1.0, it must be a number from 0 up"),
+        ("--model no-such-model --freeze some", "no freezing strategy 'some'"),
         ("--config none.json", "has no none.json"),
     ],
 )

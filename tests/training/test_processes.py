@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -65,6 +66,26 @@ def test_two_processes_train_as_one(no_dropout: Path, tmp_path: Path, freeze: st
             # A key bias has the gradient 0, but for rounding, and AdamW makes a step even of that.
             limit = 16 * 1e-4 if key.endswith("key.bias") else 1e-5
             assert (a[key] - b[key]).abs().max() < limit, key
+
+
+def test_processes_that_read_different_sentences(
+    main: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On two machines, or of a file that was written meanwhile: they would wait for each other, or mix them up."""
+    monkeypatch.setattr(Processes, "gather", lambda _, data: [data, data | {"train": "another"}])
+    run = main("run", status=2)
+    assert "the processes have read different sentences: give each the same files" in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_another_process_that_ends_is_one_sentence(
+    main: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5")
+    monkeypatch.setattr(train, "run_all", Mock(side_effect=error))
+    main("run", status=2)
+    message = "train.py: error: another process has ended, so this one stops; see --resume\n"
+    assert capsys.readouterr().err == message
 
 
 @pytest.mark.slow

@@ -155,7 +155,9 @@ def test_columns_files_and_missing_labels(small: Path, tmp_path: Path) -> None:
         assert {task: train["loss"] for task, train in epoch["train"].items()} == pytest.approx(step["losses"])
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["test"]["kind"]["accuracy"] in (0.0, 0.5, 1.0)
-    of_test = (tmp_path / "run" / "report.md").read_text().partition("## The best checkpoint on test")[2]
+    of_test = (
+        (tmp_path / "run" / "report.md").read_text().partition("## Results: the best checkpoint on test")[2]
+    )
     assert re.search(r"^\| kind \| .* \| 0\.0% \|$", of_test, re.MULTILINE)  # in training most are b
     assert report["test"]["mood"] == {"loss": None, "accuracy": None, "macro_f1": None, "confusion": []}
     assert MultiTaskModel.from_pretrained(tmp_path / "run" / "best").labels == {
@@ -230,6 +232,7 @@ def test_eval_only(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     report = json.loads((tmp_path / "evaluated" / "report.json").read_text())
     assert report == json.loads((run / "report.json").read_text())
+    assert f"## Results: {run / 'best'} on validation" in (tmp_path / "evaluated" / "report.md").read_text()
     assert not (tmp_path / "evaluated" / "best").exists()
     test = table(tmp_path / "t.csv", [("text", "l"), ("a b", "news"), ("c", "question")])
     capsys.readouterr()
