@@ -478,7 +478,7 @@ def finish(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: done. 2: an error, in one sentence on stderr. 130: Ctrl-C or SIGTERM; what was done is saved.
+    """0: done. 2: an error, in one sentence on stderr. 130: Ctrl-C, or SIGTERM while training; all is saved.
 
     141: nobody reads standard output any more; what was saved before stays.
     """

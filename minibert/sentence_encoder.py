@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
+from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex, TypeVar, overload
 
@@ -243,7 +244,7 @@ class SentenceEncoder(nn.Module):
     def _blocks_and_cuts(
         self, texts: Iterable[str], batch_size: int | None, normalize: bool, show_progress_bar: bool | None
     ) -> Iterator[tuple[Tensor, int]]:
-        total = len(texts) if isinstance(texts, Sized) else None
+        total = length_hint(texts) or None  # unlike `len` it takes a DataLoader that does not know
         tokenized = self._tokenize(texts)
         results = _one_ahead(tokenized) if self._on_gpu() else (call() for call in tokenized)
         with _progress_bar(total, show_progress_bar) as progress:

@@ -408,6 +408,17 @@ def test_a_text_without_tokens_is_zero(
     assert tiny_encoder.encode("").tolist() == [0.0] * 36
 
 
+class Stream(list[str]):
+    """Like a DataLoader of an IterableDataset."""
+
+    def __len__(self) -> int:
+        raise TypeError("object of type 'IterableDataset' has no len()")
+
+
+def test_texts_whose_number_is_unknown(tiny_encoder: SentenceEncoder) -> None:
+    assert np.array_equal(tiny_encoder.encode(Stream(["a", "b"])), tiny_encoder.encode(["a", "b"]))
+
+
 class Log(io.StringIO):
     """What a service may put in the place of standard error."""
 
