@@ -513,7 +513,8 @@ def main(argv: list[str] | None = None) -> int:
             tell("error: out of memory, try a smaller --batch-size")
         elif "by peer" in str(error):  # gloo: "Connection closed by peer", or reset
             print(
-                "train.py: error: another process has ended, so this one stops; see --resume", file=sys.stderr
+                "train.py: error: another process has ended: a run that has begun goes on with --resume",
+                file=sys.stderr,
             )
         else:
             raise

@@ -133,9 +133,10 @@ def _shares(sizes: Mapping[tuple[object, ...], int], fraction: float, total: int
     available = np.array(list(sizes.values()))
     wanted = fraction * available
     counts = wanted.astype(int)
+    short = wanted - counts
     lacking = np.zeros(len(sizes))  # of a combination, summed over its parts
     for where in places.values():
-        lacking[where] += (wanted - counts)[where].sum() - 0.5  # one too few is as bad as one too many
+        lacking[where] += short[where].sum() - 0.5  # one too few is as bad as one too many
     lacking[counts == available] = -np.inf
     for _ in range(total - int(counts.sum())):
         best = int(lacking.argmax())
@@ -144,7 +145,7 @@ def _shares(sizes: Mapping[tuple[object, ...], int], fraction: float, total: int
             lacking[places[part]] -= 1
         if counts[best] == available[best]:
             lacking[best] = -np.inf
-    return list(counts.tolist())
+    return [int(count) for count in counts]
 
 
 def dummy_examples(count: int, tasks: Mapping[str, Sequence[str]], seed: int) -> list[Example]:

@@ -36,14 +36,16 @@ def evaluate(model: MultiTaskModel, dataset: SentenceDataset, processes: Process
             for task in model.heads:
                 logits[task].append(output.logits[task])
                 labels[task].append(batch[f"labels.{task}"])
-    for task, some in logits.items():
-        broken = sum(int(each.isnan().any(1).sum()) for each in some)
-        if broken:
+    metrics = {}
+    for task in model.heads:
+        scores = torch.cat(logits[task])  # (n, classes)
+        if broken := int(scores.isnan().any(1).sum()):
             raise ValueError(
                 f"{task}: nan among the logits of {broken} of {len(dataset)} sentences: nothing can be said of "
                 "a model with a weight that is not finite, or with one so large that a sum is not"
             )
-    return {task: TaskMetrics.of(torch.cat(logits[task]), torch.cat(labels[task])) for task in model.heads}
+        metrics[task] = TaskMetrics.of(scores, torch.cat(labels[task]))
+    return metrics
 
 
 def score(metrics: Mapping[str, TaskMetrics], name: str) -> float:

@@ -14,9 +14,8 @@ def fast_dropout(x: Tensor, p: float) -> Tensor:
     dropped = round(p * 2**16)  # out of 2^16
     if x.device.type != "cpu" or dropped in (0, 2**16):
         return F.dropout(x, p)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device="cpu").random_(
-        -(2**63), None
-    )  # all 64 of each
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    bits.random_(-(2**63), None)  # all 64 of each
     numbers = bits.view(torch.int16)[: x.numel()].view(x.shape)  # from -2^15 to 2^15 - 1
     kept = torch.ge(numbers, dropped - 2**15, out=torch.empty_like(x))  # 1 or 0
     return x * kept.mul_(2**16 / (2**16 - dropped))

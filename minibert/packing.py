@@ -8,7 +8,7 @@ ordinary batch (texts, length), and a text's numbers do not depend on how many o
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, groupby
+from itertools import chain, groupby, repeat
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -139,9 +139,9 @@ class PackedBatch:
             ValueError: an id outside the vocabulary, or a text longer than the model has positions for.
         """
         packing = Packing.of(map(len, rows), device, fill=True)
-        upwards, filling = np.arange(packing.longest), np.zeros(packing.filling, np.int64)
-        positions = np.concatenate([*(upwards[: len(row)] for row in rows), filling])  # (tokens,)
-        filling += rows[-1][0]  # of another token the numbers, though they have no weight, might be nan
+        upwards, first = np.arange(packing.longest), np.zeros(packing.filling, np.int64)
+        positions = np.concatenate([*(upwards[: len(row)] for row in rows), first])  # (tokens,)
+        filling = repeat(rows[-1][0], packing.filling)  # no weight, but a token that no text has might be nan
         ids = np.fromiter(chain(*rows, filling), np.int64, len(positions))
         check_ids(config, ids, packing.longest)
         return cls(send(ids, device), send(positions, device), packing)

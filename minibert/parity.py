@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -72,14 +73,13 @@ def differences(ours: Any, reference: Any) -> list[Difference]:
     Raises:
         ValueError: the reference lacks some of it; or shapes or dtypes differ.
     """
-    hidden = _both("hidden_states", ours, reference)
-    pieces = [(2 * i, f"layer {i - 1}" if i else "embeddings", *pair) for i, pair in enumerate(hidden)]
-    maps = _both("attentions", ours, reference)
-    pieces += [(2 * i + 1, f"attention map {i}", *pair) for i, pair in enumerate(maps)]
-    pieces.sort(key=lambda piece: piece[0])
+    hidden, maps = (_both(name, ours, reference) for name in ("hidden_states", "attentions"))
+    states = [(f"layer {i - 1}" if i else "embeddings", *pair) for i, pair in enumerate(hidden)]
+    weights = [(f"attention map {i}", *pair) for i, pair in enumerate(maps)]
+    pieces = [*filter(None, chain(*zip_longest(states, weights)))]  # embeddings, map 0, layer 0, map 1, ...
     for name in ("last_hidden_state", "pooler_output"):
-        pieces += [(0, name, *pair) for pair in _both(name, ours, reference)]
-    return [difference(*piece[1:]) for piece in pieces]
+        pieces += [(name, *pair) for pair in _both(name, ours, reference)]
+    return [difference(*piece) for piece in pieces]
 
 
 def _both(name: str, ours: Any, reference: Any) -> list[tuple[Tensor, Tensor]]:

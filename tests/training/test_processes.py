@@ -84,7 +84,7 @@ def test_another_process_that_ends_is_one_sentence(
     error = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5")
     monkeypatch.setattr(train, "run_all", Mock(side_effect=error))
     main("run", status=2)
-    message = "train.py: error: another process has ended, so this one stops; see --resume\n"
+    message = "train.py: error: another process has ended: a run that has begun goes on with --resume\n"
     assert capsys.readouterr().err == message
 
 
