@@ -121,6 +121,7 @@ class MultiTaskModel(nn.Module):
 
         Raises:
             TypeError, ValueError: no tokenizer, or as `SentenceEncoder.encode`.
+            ValueError: a head gives no (B, classes), or nan, of which there is no label.
         """
         if self.tokenizer is None:
             raise ValueError("predict needs a tokenizer: give one, MultiTaskModel(..., tokenizer=...)")
@@ -131,6 +132,11 @@ class MultiTaskModel(nn.Module):
             if scores.dim() != 2:
                 raise ValueError(
                     f"head {name!r} gives {tuple(scores.shape)}, for `predict` it must be (B, classes)"
+                )
+            if broken := scores.softmax(-1).isnan().any(1).nonzero().flatten().tolist():
+                raise ValueError(
+                    f"head {name!r} gives nan for text {broken[0]}: a weight is not finite, or so large that a "
+                    "sum is not"
                 )
         best = {name: scores.softmax(-1).max(-1) for name, scores in logits.items()}
         return [

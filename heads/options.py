@@ -31,7 +31,12 @@ class Options:
     model: str = option(
         "bert-base-uncased", "what to start from: a name, a directory, or best/ of a run", "NAME_OR_DIR"
     )
-    data: str = option("demo", "what to train on if no --train is given", choices=("demo", "dummy"))
+    data: str = option(
+        "demo",
+        "what to train on if no --train is given: demo, the bundled sentences, or dummy, random words and "
+        "labels, to see that a run goes through",
+        choices=("demo", "dummy"),
+    )
     train: tuple[str, ...] = option((), "training file, or TASK=FILE, repeatable", "FILE")
     validation: tuple[str, ...] = option((), "validation file, or TASK=FILE, repeatable", "FILE")
     test: tuple[str, ...] = option((), "test file, or TASK=FILE, repeatable", "FILE")

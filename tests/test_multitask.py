@@ -132,6 +132,18 @@ def test_predict_calls_hooks_around_the_model(small: Path) -> None:
     assert {p["type"]["label"] for p in model.predict(SENTENCES)} == {"statement"}
 
 
+def test_predict_gives_no_label_of_nan(small: Path) -> None:
+    model = build(small)
+    assert model.tokenizer is not None
+    ids = model.tokenizer.token_ids(SENTENCES)
+    index, token = next((i, t) for i, row in enumerate(ids) for t in row if i and sum(t in r for r in ids) == 1)
+    with torch.no_grad():
+        model.encoder.embeddings.word.weight[token, 0] = torch.nan
+    with pytest.raises(ValueError, match=f"head 'type' gives nan for text {index}: a weight is not finite"):
+        model.predict(SENTENCES)
+    assert len(model.predict([s for i, s in enumerate(SENTENCES) if i != index])) == len(SENTENCES) - 1
+
+
 def test_predict_leaves_the_encoder_in_its_mode(small: Path) -> None:
     """Another thread may be training it; the heads alone are in eval mode, for as long as they compute."""
     model = build(small).train()
