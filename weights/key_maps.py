@@ -53,8 +53,7 @@ class Family:
 
     def config_to_published(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The inverse of `config_to_bert`."""
-        written = {k: v for k, v in config.items() if k not in self.implied}
-        return {self.fields.get(k, k): v for k, v in written.items()}
+        return {self.fields.get(k, k): v for k, v in config.items() if k not in self.implied}
 
 
 def _rename(key: str, modules: Mapping[str, str]) -> str | None:
