@@ -78,7 +78,7 @@ def theirs(directory: Path, data: Path, strategy: str, *, shuffled: bool) -> flo
 
     from benchmarks.transformers_loop import TransformersMultiTask, train_with_transformers
 
-    examples = [e for e in read_examples(data, "text", TASKS, split="split") if e.split == "train"]
+    examples = [e for e in read_examples(data, "text", TASKS) if e.split == "train"]
     names = label_names(examples, list(TASKS))
     tokenizer = Tokenizer.from_pretrained(directory)
     dataset = SentenceDataset(examples, tokenizer, names)

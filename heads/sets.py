@@ -24,7 +24,7 @@ def read_sets(options: Options) -> tuple[dict[str, list[Example]], list[str]]:
             raise DataError(f"--split {options.split}: no row of any file has something in that column")
     elif options.data == "demo":
         tasks = {"type": "type", "sentiment": "sentiment"}
-        sets = {"train": read_examples(DEMO, "text", tasks, split="split")}
+        sets = {"train": read_examples(DEMO, "text", tasks)}
     else:
         labels = {"type": ("question", "news", "statement"), "sentiment": ("negative", "neutral", "positive")}
         tasks = {name: name for name in labels}

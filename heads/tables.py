@@ -47,7 +47,7 @@ class Example:
 
 
 def read_examples(
-    path: str | Path, text: str, tasks: Mapping[str, str], *, split: str | None = None, source: int = 0
+    path: str | Path, text: str, tasks: Mapping[str, str], *, split: str = "split", source: int = 0
 ) -> list[Example]:
     """The examples in a file.
 
@@ -71,9 +71,9 @@ def read_examples(
             raise DataError(f"{where}: no column {text!r}, there are: {listed(row)}; {SAY_WHICH}")
         if not row[text].strip():
             raise DataError(f"{where}: the text (column {text!r}) is empty")
-        if other := [name for name in row if split and split not in row and name.lower() == split.lower()]:
+        if other := [name for name in row if split not in row and name.lower() == split.lower()]:
             raise DataError(f"{where}: the split column is called {other[0]!r}, say so by --split {other[0]}")
-        part = row.get(split, "").strip() if split else ""
+        part = row.get(split, "").strip()
         if part not in ("", *SPLITS):
             raise DataError(f"{where}: {split} is {part!r}, it must be {', '.join(SPLITS)} or empty")
         labels = {task: label for task, column in tasks.items() if (label := row.get(column, "").strip())}
@@ -100,7 +100,7 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(name if name.isprintable() else repr(name) for name in names)
 
 
-def _rows(path: Path, needed: Sequence[str], split: str | None) -> Iterator[tuple[int, dict[str, str]]]:
+def _rows(path: Path, needed: Sequence[str], split: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number (of a row's first line) and cells by column name; a table must have the `needed` ones."""
     kind = path.suffix.lower()
     if kind not in (".csv", ".tsv", ".jsonl"):
@@ -152,7 +152,7 @@ def _table_rows(
         raise DataError(f"{path}, line {line}{end}: {reason}") from error
 
 
-def _json_rows(path: Path, lines: Iterator[str], used: set[str | None]) -> Iterator[tuple[int, dict[str, str]]]:
+def _json_rows(path: Path, lines: Iterator[str], used: set[str]) -> Iterator[tuple[int, dict[str, str]]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -66,7 +66,7 @@ def test_lines_are_counted_in_the_file_not_in_rows(tmp_path: Path) -> None:
 
 def test_other_columns_can_hold_anything(tmp_path: Path) -> None:
     rows = '{"text": "a", "kind": "x", "score": 0.3, "tags": ["y"], "more": {"z": "\\ud800"}}\n'
-    (example,) = read_examples(write(tmp_path / "a.jsonl", rows), "text", {"type": "kind"}, split="split")
+    (example,) = read_examples(write(tmp_path / "a.jsonl", rows), "text", {"type": "kind"})
     assert (example.text, example.labels) == ("a", {"type": "x"})
     (example,) = read_examples(write(tmp_path / "a.CSV", "text,kind,,\na,x,,\n"), "text", {"type": "kind"})
     assert (example.text, example.labels) == ("a", {"type": "x"})
@@ -205,7 +205,7 @@ def test_labels_of_json_can_be_numbers(tmp_path: Path) -> None:
 def test_bad_files(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     path = write(tmp_path / name, content)
     with pytest.raises(DataError) as caught:
-        read_examples(path, "text", TASKS, split="split")
+        read_examples(path, "text", TASKS)
     assert message.format(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -477,7 +477,7 @@ def test_dummy_examples() -> None:
 
 @pytest.fixture(scope="module")
 def demo() -> list[Example]:
-    return read_examples(DEMO, "text", {"type": "type", "sentiment": "sentiment"}, split="split")
+    return read_examples(DEMO, "text", {"type": "type", "sentiment": "sentiment"})
 
 
 def test_the_demo_is_balanced_and_a_fifth_is_held_out(demo: list[Example]) -> None:
