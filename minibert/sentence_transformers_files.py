@@ -4,10 +4,10 @@ import warnings
 from pathlib import Path
 
 from weights import CheckpointError
-from weights.hub import fetch_pooling
+from weights.hub import MODULES, fetch_pooling
 from weights.json_files import read_json, to_json
 
-MODULES = ("Transformer", "Pooling", "Normalize")  # in this order
+STEPS = ("Transformer", "Pooling", "Normalize")  # in this order
 
 
 def read_modules(directory: Path) -> tuple[str, bool]:
@@ -26,7 +26,7 @@ def read_modules(directory: Path) -> tuple[str, bool]:
         )
     _refuse_extras(directory / "config_sentence_transformers.json")
     _refuse_other_states(directory / "sentence_bert_config.json")
-    path = directory / "modules.json"
+    path = directory / MODULES
     if not path.is_file():
         return "mean", False
     folders: dict[str, str] = {}  # kind of module -> its folder
@@ -34,10 +34,10 @@ def read_modules(directory: Path) -> tuple[str, bool]:
         if not isinstance(module, dict):
             raise CheckpointError(f"{path} lists {module!r}, which is not a module")
         folders[str(module.get("type")).rpartition(".")[2]] = str(module.get("path") or "")
-    if unknown := folders.keys() - set(MODULES):
+    if unknown := folders.keys() - set(STEPS):
         raise CheckpointError(f"{path} has modules that are not supported: {', '.join(sorted(unknown))}")
-    if [*folders] != sorted(folders, key=MODULES.index):
-        raise CheckpointError(f"{path} has its modules in another order than {', '.join(MODULES)}")
+    if [*folders] != sorted(folders, key=STEPS.index):
+        raise CheckpointError(f"{path} has its modules in another order than {', '.join(STEPS)}")
     pooling = _read_pooling(directory / folders["Pooling"] / "config.json") if "Pooling" in folders else "mean"
     normalize = "Normalize" in folders
     if folders.get("Transformer"):
@@ -90,7 +90,7 @@ def module_files(pooling: str, normalize: bool, *, hidden_size: int, max_seq_len
         raise ValueError(f"pooling by {pooling!r} cannot be saved, only by mean or cls")
     modules = [("Transformer", ""), ("Pooling", "1_Pooling")] + [("Normalize", "2_Normalize")] * normalize
     return {
-        "modules.json": to_json(
+        MODULES: to_json(
             [
                 {"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{kind}"}
                 for i, (kind, folder) in enumerate(modules)
