@@ -250,9 +250,9 @@ def draw(
                     for j, count in enumerate(row):
                         color = "white" if count > dark else "black"
                         axes.text(j, i, str(count), ha="center", va="center", color=color)
-                ticks, shown = range(len(classes)), [one_line(name)[:LONGEST] for name in classes]
-                axes.set_xticks(ticks, shown, rotation=45, ha="right", parse_math=False)  # a $ is a $
-                axes.set_yticks(ticks, shown, parse_math=False)
+                ticks, written = range(len(classes)), [one_line(label)[:LONGEST] for label in classes]
+                axes.set_xticks(ticks, written, rotation=45, ha="right", parse_math=False)  # a $ is a $
+                axes.set_yticks(ticks, written, parse_math=False)
             axes.set(xlabel="predicted", ylabel="true", title=f"{task}, {name}")
             save(figure, f"confusion-{name}-{task}.png")
     return files
