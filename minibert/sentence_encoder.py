@@ -29,7 +29,7 @@ from minibert.pooling import cls_pooling, mean_pooling
 from minibert.sentence_transformers_files import module_files, read_modules
 from minibert.tokenizer import Tokenizer, as_iterable, check_tokenizer
 from weights import resolve
-from weights.hub import OPTIONAL_FILES, TOKENIZER_FILES
+from weights.hub import SMALL_FILES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -351,7 +351,8 @@ class SentenceEncoder(nn.Module):
                 f"{', '.join(beside)} would be lost: save them in other_files, such as "
                 "{'dense.safetensors': encoder.dense.state_dict()}, which you read yourself"
             )
-        files: dict[str, Any] = {**self.tokenizer.files()}
+        files: dict[str, Any] = dict.fromkeys(SMALL_FILES)  # None: of another model, that was here before
+        files |= self.tokenizer.files()
         files |= module_files(
             self.pooling,
             self.normalize_embeddings,
@@ -359,8 +360,7 @@ class SentenceEncoder(nn.Module):
             max_seq_length=self.tokenizer.max_length,
         )
         files |= other_files or {}
-        of_another = dict.fromkeys({*TOKENIZER_FILES, *OPTIONAL_FILES} - files.keys())  # that was here before
-        bert_inside(self.model).save_pretrained(directory, {**files, **of_another})
+        bert_inside(self.model).save_pretrained(directory, files)
 
 
 def check_batch_size(batch_size: object) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from weights.checkpoint import refuse, with_our_names
-from weights.hub import OPTIONAL_FILES, TOKENIZER_FILES, resolve
+from weights.hub import SMALL_FILES, resolve
 from weights.json_files import CheckpointError, read_config, read_json, to_json
 from weights.key_maps import is_ignored
 from weights.safetensors_files import PICKLE, SINGLE, why_no_weights, write_directory
@@ -50,7 +50,7 @@ def convert(name_or_path: str | Path, directory: str | Path) -> None:
     refuse(path, with_our_names(source, config, published).problems)
     tensors = {key: tensor for key, tensor in published.items() if not is_ignored(key)}
     settings = {**read_json(source / "config.json"), "model_type": config["model_type"]}
-    names = (*TOKENIZER_FILES, *OPTIONAL_FILES)
     # None: of another model, that was here before
-    others = {name: (source / name).read_bytes() if (source / name).is_file() else None for name in names}
+    paths = {name: source / name for name in SMALL_FILES}
+    others = {name: path.read_bytes() if path.is_file() else None for name, path in paths.items()}
     write_directory(Path(directory), {SINGLE: tensors, "config.json": to_json(settings), **others})

@@ -17,9 +17,16 @@ LENGTH_FILES = ("sentence_bert_config.json", "sentence_distilbert_config.json")
 MODULES = "modules.json"
 # all of its files, fetched in this order: last the one that names the others
 POOLING_FILES = (*LENGTH_FILES, "config_sentence_transformers.json", "1_Pooling/config.json", MODULES)
+# what may lie beside config.json and the weights
+SMALL_FILES = (
+    *TOKENIZER_FILES,
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    *POOLING_FILES,
+)
 # what a disk may say, not the network
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-OPTIONAL_FILES = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", *POOLING_FILES)
 
 
 class ModelNotFoundError(FileNotFoundError):
@@ -191,7 +198,7 @@ def download(name: str) -> Path:
         _ask(repo, revision)
         snapshot = Path(hf_hub_download(repo, "config.json", revision=revision)).parent
         read_config(snapshot)  # a model of another type is refused before its weights are fetched
-        for file in (*TOKENIZER_FILES, *OPTIONAL_FILES):
+        for file in SMALL_FILES:
             _fetch_first(repo, revision, file)
         weights = _fetch_first(repo, revision, *([entry.file] if entry else [SINGLE, INDEX, PICKLE]))
         if weights is not None and weights.name == INDEX:
