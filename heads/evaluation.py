@@ -25,7 +25,7 @@ def evaluate(model: MultiTaskModel, dataset: SentenceDataset, processes: Process
     """Each task's metrics, in eval mode.
 
     Raises:
-        ValueError: logits that are nan, of which the metrics would make a wrong class and a best epoch.
+        ValueError: logits that are not finite, of which the metrics would make a wrong class and a best epoch.
     """
     logits: dict[str, list[Tensor]] = {task: [] for task in model.heads}
     labels: dict[str, list[Tensor]] = {task: [] for task in model.heads}
@@ -39,10 +39,10 @@ def evaluate(model: MultiTaskModel, dataset: SentenceDataset, processes: Process
     metrics = {}
     for task in model.heads:
         scores = torch.cat(logits[task])  # (n, classes)
-        if broken := int(scores.isnan().any(1).sum()):
+        if broken := int((~scores.isfinite()).any(1).sum()):
             raise ValueError(
-                f"{task}: nan among the logits of {broken} of {len(dataset)} sentences: nothing can be said of "
-                "a model with a weight that is not finite, or with one so large that a sum is not"
+                f"{task}: nan or inf among the logits of {broken} of {len(dataset)} sentences: nothing can be "
+                "said of a model with a weight that is not finite, or with one so large that a sum is not"
             )
         metrics[task] = TaskMetrics.of(scores, torch.cat(labels[task]))
     return metrics

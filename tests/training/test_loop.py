@@ -195,14 +195,15 @@ def test_weights_that_are_not_finite_are_never_saved(
         assert all(p.isfinite().all() for p in MultiTaskModel.from_pretrained(run / name).parameters())
 
 
+@pytest.mark.parametrize("signed", [True, False])  # nan, or infinity, of which the loss is nan
 def test_what_overflows_is_not_evaluated(
-    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path, signed: bool
 ) -> None:
-    """All weights are finite, but the logits are nan, of which argmax and a comparison make something good."""
+    """All weights are finite, but the logits are not: argmax and a comparison make something good of them."""
     run = main("run", "--steps 1")
     model = MultiTaskModel.from_pretrained(run / "best")
     for parameter in model.heads["sentiment"].parameters():
-        parameter.data = torch.full_like(parameter, 3e38) * parameter.sign()
+        parameter.data = torch.full_like(parameter, 3e38) * (parameter.sign() if signed else 1)
     model.save_pretrained(tmp_path / "large")
     assert train.main(f"--model {tmp_path / 'large'} --data dummy --eval-only".split()) == 2
-    assert "sentiment: nan among the logits of 40 of 40 sentences" in capsys.readouterr().err
+    assert "sentiment: nan or inf among the logits of 40 of 40 sentences" in capsys.readouterr().err
