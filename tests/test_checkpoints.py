@@ -295,6 +295,13 @@ def test_nothing_is_replaced_if_one_target_cannot_be(copy: Path) -> None:
     assert (copy / "model.safetensors").read_bytes() == before
 
 
+def test_a_file_in_the_place_of_a_folder_that_is_to_be_empty_is_left(copy: Path) -> None:
+    (copy / "1_Pooling").write_text("mine")
+    BertModel.from_pretrained(copy).save_pretrained(copy, {"1_Pooling/config.json": None})
+    assert BertModel.from_pretrained(copy)
+    assert (copy / "1_Pooling").read_text() == "mine"
+
+
 def misfits() -> list[Callable[[Any], None]]:
     def larger_vocabulary(model: Any) -> None:
         model.embeddings.word = nn.Embedding(98, 36)

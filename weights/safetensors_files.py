@@ -161,10 +161,10 @@ def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Te
             if len(files) > 1 and "config.json" in files:
                 (directory / "config.json").unlink(missing_ok=True)
             for name, content in sorted(files.items(), key=lambda file: file[0] == "config.json"):
-                if content is None:
-                    (directory / name).unlink(missing_ok=True)
-                else:
+                if content is not None:
                     (fresh / name).replace(directory / name)
+                elif (directory / name).exists():
+                    (directory / name).unlink()
     except (OSError, SafetensorError) as error:  # a full disk comes as the latter
         raise CheckpointError(f"{directory} cannot be written: {error}") from error
 
