@@ -89,9 +89,8 @@ class MultiTaskModel(nn.Module):
             _check_head(name, head, encoder.config.hidden_size, labels.get(name))
         self.encoder = encoder
         self.heads = Heads(heads)
-        numbers = {n: map(str, range(h.out.out_features)) for n, h in heads.items() if _is_plain(h)}
-        names: dict[str, Iterable[str]] = {**numbers, **labels}
-        self.labels: dict[str, tuple[str, ...]] = {task: tuple(each) for task, each in names.items()}
+        numbers = {n: tuple(map(str, range(h.out.out_features))) for n, h in heads.items() if _is_plain(h)}
+        self.labels = numbers | {task: tuple(names) for task, names in labels.items()}
         self.tokenizer = tokenizer
 
     def forward(
