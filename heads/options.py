@@ -135,10 +135,9 @@ class Options:
 
     def plan(self) -> FreezePlan:
         """--freeze with its learning rates: without --lr a trained encoder is to move less than new heads."""
-        lr = 5e-5 if self.lr is None else self.lr
-        heads = 1e-3 if self.lr is None else self.lr
-        heads = heads if self.head_lr is None else self.head_lr
-        return FreezePlan(self.freeze, lr, heads, self.weight_decay, self.layer_lr_decay)
+        lr, head_lr = (5e-5, 1e-3) if self.lr is None else (self.lr, self.lr)
+        head_lr = head_lr if self.head_lr is None else self.head_lr
+        return FreezePlan(self.freeze, lr, head_lr, self.weight_decay, self.layer_lr_decay)
 
     def loss_weights(self) -> dict[str, float]:
         """--loss-weight as numbers."""
