@@ -106,11 +106,10 @@ class FeedForwardInParts:
     def __init__(
         self, feed_forward: FeedForward, hidden_act: str, dtype: torch.dtype | None, size: int
     ) -> None:
-        starts = range(0, len(feed_forward.up.weight), size)
-        parts = [slice(start, start + size) for start in starts]
         self.dtype = dtype or feed_forward.up.weight.dtype
         self.parts: list[Callable[[Tensor], Tensor]] = [
-            FusedFeedForward(feed_forward, hidden_act, dtype, part) for part in parts
+            FusedFeedForward(feed_forward, hidden_act, dtype, slice(start, start + size))
+            for start in range(0, len(feed_forward.up.weight), size)
         ]
 
     def __call__(self, hidden: Tensor) -> Tensor:
