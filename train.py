@@ -57,7 +57,7 @@ EXAMPLES = (
 def build_model(
     options: Options, tasks: list[str], examples: list[Example]
 ) -> tuple[MultiTaskModel, list[str]]:
-    """The encoder and a head for every task, those that the checkpoint has and new ones; which are new."""
+    """The encoder with a head for every task, the checkpoint's own and new ones; and the names of the new."""
     directory = resolve(options.model)
     heads: dict[str, nn.Module] = {}
     labels: dict[str, tuple[str, ...]] = {}

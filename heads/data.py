@@ -73,12 +73,12 @@ def normalized(text: str) -> str:
 def stratified_split(examples: Sequence[Example], fraction: float) -> tuple[list[Example], list[Example]]:
     """(rest, held out): `fraction` of each label and file, and of their combinations, as nearly as can be.
 
-    That is of the different texts, not of the rows. At least one is held out in all, not one of each label.
+    What is counted are different texts, not rows. At least one is held out, but perhaps none of a rare label.
 
-    Keeps the order, and something of every label in the rest. A text that comes several times, as with a
-    file or a row for each task, is held out everywhere or nowhere, with other spaces and capitals, too.
-    The same examples are always split alike, or a run that goes on from another would validate on what that
-    one was trained on.
+    The order is kept, and something of every label stays in the rest. A text that comes several times, as with
+    a file or a row for each task, is held out everywhere or nowhere, even if spaces and capitals differ. The
+    same examples are always split alike: else a run that goes on from another would validate on what that one
+    was trained on.
 
     Raises:
         DataError: too few examples to hold one out and keep one.
@@ -121,8 +121,8 @@ def stratified_split(examples: Sequence[Example], fraction: float) -> tuple[list
 def _shares(sizes: Mapping[tuple[object, ...], int], fraction: float, total: int) -> list[int]:
     """How many are held out of each combination of labels, given how many texts have it; `total` in all.
 
-    First its share rounded down, then one by one of that combination whose labels lack most. (Of many
-    combinations that occur once or twice, chance alone would leave rare labels out.)
+    Of each first its share, rounded down; then one by one of the combination whose labels lack most. (Where
+    many combinations occur once or twice, chance alone would leave rare labels out.)
     """
     parts = [dict.fromkeys((key, *key)) for key in sizes]  # a combination itself, and all in it
     having: dict[object, list[int]] = defaultdict(list)

@@ -37,7 +37,7 @@ def upper(model: MultiTaskModel, features: Tensor, attention_mask: Tensor, depth
 
 
 def compute(model: MultiTaskModel, batch: Mapping[str, Tensor], depth: int | None) -> MultiTaskOutput:
-    """The model on a batch of `SentenceDataset.collate`: all of it, or from its features, of this depth, up."""
+    """The model on a `SentenceDataset.collate` batch: all of it, or what lies above features of this depth."""
     if depth is not None:
         return upper(model, batch["features"], batch["attention_mask"], depth)
     output: MultiTaskOutput = model(batch["input_ids"], batch["attention_mask"])
@@ -60,8 +60,8 @@ def fill(
 
     They are computed in these batches; sentences that are in none of them come last. Given the batches of the
     first epoch, that epoch's numbers are those of an uncached run, bit for bit; in later epochs, whose batches
-    are others, they agree to rounding. With packed attention no numbers are the reference's, and the sentences
-    are taken as is fastest.
+    are others, they agree to rounding. Packed attention never gives the reference's numbers, so there the
+    sentences are batched as is fastest.
     """
     pooled = depth == len(model.encoder.layers)
     packed = model.encoder.attention == "packed" and is_untouched(model.encoder)

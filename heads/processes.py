@@ -136,7 +136,7 @@ def catching_interrupts() -> Iterator[list[int]]:
 
     def note(number: int, _: Any) -> None:
         if not caught and os.environ.get("RANK", "0") == "0":
-            with suppress(OSError):  # unlike print, it may come in the middle of another
+            with suppress(OSError):  # unlike print, it may be called in the middle of itself
                 os.write(2, b"\nstopping once all is saved; the same again stops at once\n")
         caught.append(number)
         signal.signal(number, before[number])

@@ -33,7 +33,7 @@ STATE = "training.safetensors"
 
 
 class RunDirectory:
-    """Reads and writes the files of one run. Whenever the process dies, nothing is seen half-written, but
+    """Reads and writes the files of one run. Whenever the process dies, nothing is left half-written, except
     perhaps the last line of metrics.jsonl.
 
     Raises:

@@ -2,7 +2,7 @@
 
 There oneDNN may sum a long row in parts, and in which parts depends on the number of rows and of threads, so
 that a text's last bits would depend on its batch. `FEW_ROWS` rows are always summed whole, and all others must
-come out like them. For so many rows there may be two ways to that, and `_way` tries which of them works:
+come out like them. For a number of rows there may be two ways to that, and `_way` tries which of them works:
 
     the plain product     the faster one; always so with an activation behind it
     "unsplit"             a sum on its way to tanh is not split (up to SHORT_SUM numbers), and tanh(x) is x
@@ -24,7 +24,7 @@ HAS_AMX = bool(torch.cpu._is_amx_tile_supported())
 FEW_ROWS = 32
 MANY_ROWS = (4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64)
 SHORT_SUM = 1024
-TINY = 2.0**-32  # tanh(x) == x up to 4e-4, which is 1.8 million times this
+TINY = 2.0**-32  # tanh(x) == x up to 4.2e-4, which is 1.8 million times this
 
 
 def longest_sum(weight: Tensor, dtype: torch.dtype) -> int:
@@ -65,7 +65,10 @@ def _sizes(rows: int, *case: Any) -> list[int]:
 
 @cache
 def _way(rows: int, activation: str, outputs: int, inputs: int, threads: int) -> str | None:
-    """How so many rows are summed like `FEW_ROWS`, if at all: by a trial, whose outcome never varies."""
+    """How so many rows are summed like `FEW_ROWS`, if at all: by a trial, whose outcome never varies.
+
+    (With another number of `threads` it is another trial, so the cache must know it.)
+    """
     row, weight, bias = _trial(outputs, inputs)
     ways = (activation,) if activation != "none" else ("none", "unsplit")
     few = _multiply(row.repeat(FEW_ROWS, 1), weight, bias, ways[-1])

@@ -74,7 +74,8 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, H) -> (B, T, H), and the attention weights if `attend` forms them.
 
-        With "packed" it is (tokens, H), and (N, tokens, D) below: the axes before T are not touched.
+        With "packed" the states are (tokens, H), and (N, tokens, D) below: nothing here touches the axes
+        before T.
         """
         query, key, value = self.project(hidden)  # (B, N, T, D)
         dropout_p = self.weights_dropout_p if self.training else 0.0

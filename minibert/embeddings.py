@@ -37,7 +37,10 @@ class Embeddings(nn.Module):
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """(B, T) ids -> (B, T, H). Types are 0 and positions 0, 1, 2, ... unless given."""
+        """(B, T) ids -> (B, T, H). Types are 0 and positions 0, 1, 2, ... unless given.
+
+        (Positions are given where texts lie one after the other, (tokens,) -> (tokens, H): packing.py.)
+        """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[-1], device=input_ids.device)  # (T,)
         hidden = self.word(input_ids)  # (B, T, H)

@@ -263,7 +263,7 @@ def _rows_done(part: Path, task: dict[str, Any], resume: bool) -> tuple[int, int
 
 
 def _matching_record(file: Path, task: dict[str, Any]) -> dict[str, Any]:
-    """The record of `file`. Raises ValueError, saying what differs, unless it and array are of `task`."""
+    """The record of `file`. Raises ValueError, saying what differs, unless it and the array are of `task`."""
     record = _read_record(file)
     changed = [
         f"another {key}" if key in ("text", "model") else f"{key} {record.get(key)} instead of {task[key]}"
@@ -298,7 +298,7 @@ def _create(file: Path, rows: int, width: int) -> None:
 
 @contextmanager
 def whole_or_gone(file: Path, name: Path | None = None) -> Iterator[None]:
-    """While it is written: if that fails, the file is removed; an error of the disk calls it `name`."""
+    """A file is written in here; if that fails, it is removed. A disk's error calls it `name`, if given."""
     try:
         yield
     except BaseException as error:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 def fast_dropout(x: Tensor, p: float) -> Tensor:
     """Dropout (Srivastava et al. 2014) by 16 random bits for each number: p is rounded to a multiple of 2^-16.
 
-    What stays is scaled by what was rounded to, so that the mean is kept. torch's own on a GPU, and where
-    p is rounded to 0 or 1.
+    What stays is scaled by the rounded p, so that the mean is kept. On a GPU, and where p is rounded to 0
+    or 1, it is torch's own dropout.
     """
     dropped = round(p * 2**16)  # out of 2^16
     if x.device.type != "cpu" or dropped in (0, 2**16):

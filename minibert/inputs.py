@@ -77,7 +77,7 @@ def check_mask(mask: Tensor, shape: torch.Size) -> None:
 
 
 def states_and_weights(part: str, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """What a layer or an attention gave. Raises TypeError unless that is a pair (two texts are not)."""
+    """What a layer or an attention gave. Raises TypeError unless that is a pair (a batch of two is none)."""
     if not isinstance(output, tuple | list) or len(output) != 2:
         what = f"a {type(output).__name__}" + f" of {len(output)}" * isinstance(output, tuple | list)
         raise TypeError(

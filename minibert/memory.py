@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 LARGEST_BLOCK = 31 * 2**20  # bytes; glibc learns nothing from blocks above 32 MiB
-MADV_DONTNEED = 4  # <linux/mman.h>; of a page that was written to it would lose that
+MADV_DONTNEED = 4  # <linux/mman.h>; what was written to a page would be lost
 # A number for each page of this process; its three highest bits: in memory, swapped out, a file's (proc(5)).
 PAGEMAP = Path("/proc/self/pagemap")
 FILE_ONLY = (0b000, 0b001, 0b101)  # never touched; not in memory; in memory

@@ -81,7 +81,8 @@ def onednn_products() -> Iterator[None]:
 
 
 def products_through(library: Literal["oneDNN", "MKL"], states: Tensor) -> AbstractContextManager[None]:
-    """While active, such states' products go through this library: float32 on a CPU, where oneDNN's are exact.
+    """While active, products of states like these go through this library, if they are float32 on a CPU and
+    oneDNN's are exact there.
 
     Whatever other threads want: they wait for each other, so nothing else belongs in there.
     """

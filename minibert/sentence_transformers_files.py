@@ -13,7 +13,8 @@ STEPS = ("Transformer", "Pooling", "Normalize")  # in this order
 def read_modules(directory: Path) -> tuple[str, bool]:
     """(pooling, normalised?) as modules.json says; ("mean", False) where there is none.
 
-    Where transformers fetched the model, which leaves these files out, they are fetched now, or it warns.
+    transformers leaves these files out: where it fetched the model, they are fetched now. If they cannot be,
+    it warns.
 
     Raises:
         CheckpointError: damaged files, or steps that `SentenceEncoder` does not do.

@@ -34,7 +34,7 @@ BERT_CLASSES = (
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """A file of settings that need not be there, those we use checked; null is as good as absent."""
+    """Settings from a file that need not be there; those we use are checked. null is as good as absent."""
     published = read_json(path) if path.is_file() else {}
     settings: dict[str, Any] = {name: value for name, value in published.items() if value is not None}
     for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars", "split_special_tokens"):

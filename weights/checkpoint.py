@@ -107,7 +107,7 @@ def with_our_names(
 
 
 def refuse(path: Path, problems: Mapping[str, Sequence[str]]) -> None:
-    """Raises CheckpointError if there are any: kind of problem -> the keys, or what else is said of it."""
+    """Raises CheckpointError if there are any `problems`: kind -> the keys, or what else is to say of it."""
     if any(problems.values()):
         told = "; ".join(f"{kind} {_listed(keys)}" for kind, keys in problems.items() if keys)
         raise CheckpointError(f"{path}: the weights do not fit: {told}")

@@ -46,6 +46,7 @@ def resolve(name_or_path: str | Path) -> Path:
         ModelNotFoundError: the name is unknown, or neither on disk nor reachable.
         CheckpointError: a downloaded file is not the one the catalog pins, or of another kind of model.
     """
+    # os.path, whose functions answer False where Path's raise: for too long a name, or where it may not look
     name, path = str(name_or_path), os.path.expanduser(name_or_path)  # noqa: PTH111
     try:
         os.listdir(path)  # noqa: PTH208
@@ -159,7 +160,7 @@ def fetch_pooling(directory: Path) -> bool:
 
 
 def _ask(repo: str, revision: str) -> None:
-    """Raises where the hub has no such model, or cannot be reached, which a download would retry for long."""
+    """Raises where the hub has no such model, or cannot be reached: a download would first retry for long."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision))
