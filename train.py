@@ -358,7 +358,7 @@ def run_all(options: Options, processes: Processes, held: ExitStack) -> None:
             if processes.is_first:
                 print(f"--freeze {options.freeze} leaves nothing to train: this only evaluates")
                 run.save("best", model)
-                run.save("last", model, progress, {})
+                run.save("last", model, progress)
         elif not progress.finished:
             train(options, run, model, sets, processes, progress, state)
     if processes.is_first:

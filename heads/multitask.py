@@ -226,7 +226,7 @@ class MultiTaskModel(nn.Module):
         encoder = BertModel.from_pretrained(directory, attention=attention, dtype=dtype)
         has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
         tokenizer = Tokenizer.from_pretrained(directory) if has_tokenizer else None
-        given = dict(heads or {})
+        given = heads or {}
         if unknown := sorted(given.keys() - settings.keys()):
             raise ValueError(f"{directory} has no head {unknown[0]!r}, it has: {', '.join(settings)}")
         try:
