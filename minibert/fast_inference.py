@@ -51,7 +51,7 @@ class FastModel:
 def fast_copy(model: BertModel, dtype: torch.dtype | None = None) -> FastModel | None:
     """A model's `FastModel`, made anew when it has changed; None unless it `is_untouched`.
 
-    A change is another part, setting, function, hook or parameter, or another number in one. (Of what is
+    A change is another part, setting, function, hook, parameter or shape, or another number. (Of what is
     written into a parameter's `.data` torch keeps no record, so some numbers of each Linear are compared.)
     With inference tensors, of which nothing tells whether they have changed, the copy is made anew every time.
     """
@@ -110,7 +110,8 @@ class _Kept:
         if any(map(Tensor.is_inference, self.parameters)):
             return [object()]
         versions = map(attrgetter("_version"), self.parameters)
-        return [dtype, any(self.hooks), *versions, *map(Tensor.data_ptr, self.parameters)]
+        places = chain(*(map(f, self.parameters) for f in (Tensor.data_ptr, Tensor.size, Tensor.stride)))
+        return [dtype, any(self.hooks), *versions, *places]
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
@@ -119,9 +120,8 @@ class _Kept:
 def _note_fused_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """A fused optimizer writes into its parameters without torch's keeping a record of it."""
     for group in optimizer.param_groups:
-        for parameter in group["params"] if group.get("fused") else ():
-            if parameter.grad is not None:
-                increment_version(parameter)
+        if group.get("fused"):
+            increment_version(group["params"])
 
 
 register_optimizer_step_post_hook(_note_fused_step)

@@ -34,6 +34,21 @@ def check_inputs(
         _check_range("token_type_ids", token_type_ids, config.type_vocab_size, "type_vocab_size")
 
 
+def check_config(config: object) -> None:
+    """Raises TypeError unless it is a `BertConfig`."""
+    if not isinstance(config, BertConfig):
+        raise TypeError(
+            f"config is a {full_name(config)}, it must be a minibert.BertConfig: from_dict makes one of a "
+            "dict, BertModel.from_pretrained takes a model's name"
+        )
+
+
+def full_name(thing: object) -> str:
+    """What class it is of and whose: `transformers.BertModel` is not ours."""
+    package = type(thing).__module__.partition(".")[0]
+    return type(thing).__name__ if package == "builtins" else f"{package}.{type(thing).__name__}"
+
+
 def check_dtype(dtype: object) -> None:
     """Raises ValueError unless a model can be in it, or it is None."""
     if dtype is not None and dtype not in FLOATS:
@@ -68,6 +83,17 @@ def _check_range(name: str, ids: Array, size: int, size_name: str) -> None:
     _refuse_any(name, ids, (ids < 0) | (ids >= size), f"from 0 to {size - 1} ({size_name} {size})")
 
 
+def check_states(states: Tensor) -> None:
+    """Raises TypeError or ValueError unless these can be a model's `last_hidden_state`, (B, T, H)."""
+    if not isinstance(states, Tensor):
+        hint = ": give its .last_hidden_state" * hasattr(states, "last_hidden_state")
+        raise TypeError(f"last_hidden_state is a {full_name(states)}, it must be a tensor{hint}")
+    if states.dim() != 3:
+        raise ValueError(
+            f"last_hidden_state has shape {tuple(states.shape)}, it must be (batch, tokens, hidden size)"
+        )
+
+
 def check_mask(mask: Tensor, shape: torch.Size) -> None:
     """Raises TypeError or ValueError unless this is a mask of 0, 1 or booleans of this shape, (B, T)."""
     if not isinstance(mask, Tensor):
@@ -99,5 +125,6 @@ def holds(condition: object) -> bool:
 def _refuse_any(name: str, tensor: Array, wrong: Array, expected: str) -> None:
     """Raises ValueError about the first number that is `wrong`, if any is."""
     if holds(wrong.any()):
-        where = tuple(torch.as_tensor(wrong).nonzero()[0].tolist())
+        first = torch.as_tensor(wrong, device=getattr(wrong, "device", "cpu")).nonzero()[0]
+        where = tuple(first.tolist())
         raise ValueError(f"{name}{list(where)} is {tensor[where].item()}, it must be {expected}")

@@ -188,6 +188,25 @@ def changes() -> list[Callable[[BertModel], None]]:
         up.weight, up.bias = nn.Parameter(torch.randn(9, 36)), nn.Parameter(torch.randn(9))
         down.weight = nn.Parameter(torch.randn(36, 9))  # in_features stay what they were
 
+    def the_first_inner_numbers(model: BertModel) -> None:
+        """What is left lies where it lay, and no version tells."""
+        up, down = (model.get_submodule(f"layers.0.feed_forward.{name}") for name in ("up", "down"))
+        for parameter in up.parameters():
+            parameter.data = parameter.data[:29]
+        down.weight.data = down.get_parameter("weight").data[:, :29]
+
+    def transposed(model: BertModel) -> None:
+        weight = model.get_parameter("layers.0.attention.value.weight")
+        weight.data = weight.data.T
+
+    def a_fused_step_that_leaves_no_gradient(model: BertModel) -> None:
+        weight = model.get_parameter("layers.0.feed_forward.up.weight")
+        weight.grad = torch.zeros_like(weight)
+        weight.grad[3] = torch.randn(36)
+        optimizer = torch.optim.SGD([weight], lr=5, fused=True)
+        optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())
+        optimizer.step()
+
     def norm(model: BertModel) -> None:
         with torch.no_grad():
             model.get_parameter("layers.1.feed_forward_norm.weight").mul_(1.5)
@@ -219,7 +238,8 @@ def changes() -> list[Callable[[BertModel], None]]:
     return [
         *(biases, in_place, a_step, a_fused_step, new_data, told, new_parameters, pruned, norm),
         *(merged, plain_tensor, without_cls, mixes_tokens, fewer_heads, fewer_inner_numbers, own_attention),
-        *(own_function, one_key_for_all_heads, no_layers, limited_table),
+        *(own_function, one_key_for_all_heads, no_layers, limited_table, the_first_inner_numbers, transposed),
+        a_fused_step_that_leaves_no_gradient,
         *(no_bias, activation, activation_alone, other_forward, outside_forward, outside_hook),
         *(new_module, other_class, adapter, table_adapter, other_embeddings, other_layer, other_norm),
         *(other_eps, other_head_size, other_activation, other_method),
@@ -388,7 +408,7 @@ def test_a_module_around_the_model(minilm: Path, tmp_path: Path) -> None:
     expected = 2 * plain.encode(texts, convert_to_tensor=True)
     encoder = SentenceEncoder(Around(plain.model), plain.tokenizer)  # type: ignore[arg-type]
     assert relative(encoder.encode(texts, convert_to_tensor=True), expected) < 1e-6
-    with pytest.raises(ValueError, match="a Around cannot be saved: put the BertModel inside it in its place"):
+    with pytest.raises(ValueError, match=r"a tests.Around cannot be saved, only a minibert.BertModel: put"):
         encoder.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
