@@ -98,6 +98,24 @@ def test_transformers_models_with_heads(tmp_path: Path) -> None:
             assert model(torch.ones(1, 3, dtype=torch.int64)).pooler_output is None
 
 
+def test_beside_heads_of_any_name(copy: Path, tiny: Path, tmp_path: Path) -> None:
+    """In a model around the encoder; but what is inside the encoder must be known."""
+
+    def around(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        inside = {f"bert.{key}": tensor for key, tensor in tensors.items()}
+        return {"fc.weight": torch.ones(2, 36), "crf.transitions": torch.ones(2), **inside}
+
+    rewrite(copy, around)
+    model = BertModel.from_pretrained(copy)
+    assert_same_weights(model, BertModel.from_pretrained(tiny))
+    torch.save(weights_of(copy), copy / "pytorch_model.bin")
+    convert(copy, tmp_path / "converted")
+    assert_same_weights(BertModel.from_pretrained(tmp_path / "converted"), model)
+    assert all(key.startswith("bert.") for key in weights_of(tmp_path / "converted"))
+    rewrite(copy, lambda tensors: tensors | {"bert.adapter.weight": torch.ones(2)})
+    assert error_of(copy).endswith("do not fit: unknown bert.adapter.weight")
+
+
 def test_distilbert_with_its_head(tmp_path: Path) -> None:
     from transformers import AutoModel, DistilBertConfig, DistilBertForMaskedLM
 
@@ -387,6 +405,17 @@ def error_of(directory: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         BertModel.from_pretrained(directory)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("directory", ["", None, 3])
+def test_no_directory_to_save_into(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where Path("") would be
+    with pytest.raises(
+        ValueError, match=f"directory is {directory!r}, it must be the path of one to save into"
+    ):
+        BertModel.from_pretrained(tiny).save_pretrained(directory)
 
 
 def test_everything_wrong_is_in_one_error(copy: Path) -> None:

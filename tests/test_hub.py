@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -180,6 +181,12 @@ def test_unknown_names(name: str, message: str) -> None:
     with pytest.raises(ModelNotFoundError) as caught:
         resolve(name)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [None, 3, True])
+def test_no_name_at_all(name: Any) -> None:
+    with pytest.raises(TypeError, match=f"name_or_path is {name}, it must be a model's name or directory"):
+        resolve(name)
 
 
 def test_a_file_is_not_a_directory(minilm: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from weights.hub import resolve
 from weights.json_files import CheckpointError, read_config, to_json
 from weights.key_maps import FAMILIES, is_ignored
-from weights.safetensors_files import SINGLE, read_tensors, write_directory
+from weights.safetensors_files import SINGLE, as_directory, read_tensors, write_directory
 
 HEADS = "heads.json"  # which a MultiTaskModel writes beside its encoder
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that a model may be in
@@ -88,13 +88,18 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
 def with_our_names(
     directory: Path, config: dict[str, Any], published_tensors: Mapping[str, Tensor]
 ) -> Checkpoint:
-    """A config in BERT's field names and tensors by published keys as a `Checkpoint`."""
+    """A config in BERT's field names and tensors by published keys as a `Checkpoint`.
+
+    Where the encoder's keys all have its family's prefix, what has another is not the encoder's: a head, say.
+    """
     family = FAMILIES[config["model_type"]]
+    known = [key for key in published_tensors if family.to_ours(key)]
+    inside = family.prefix if known and all(key.startswith(family.prefix) for key in known) else ""
     tensors: dict[str, Tensor] = {}
     published: dict[str, str] = {}
     problems: dict[str, list[str]] = {"unknown": [], "doubled": []}
     for key, tensor in published_tensors.items():
-        if is_ignored(key):
+        if is_ignored(key) or not key.startswith(inside):
             continue
         ours = family.to_ours(key)
         if ours is None:
@@ -129,7 +134,8 @@ def save_checkpoint(
         CheckpointError: the directory cannot be written, or heads in it would stand on another encoder.
         ValueError: the tensors are not those of such a model.
     """
-    if (Path(directory) / HEADS).exists() and HEADS not in (other_files or {}):
+    directory = as_directory(directory)
+    if (directory / HEADS).exists() and HEADS not in (other_files or {}):
         raise CheckpointError(
             f"{directory} holds heads of another encoder: give another directory, or remove its {HEADS}"
         )
@@ -152,9 +158,7 @@ def save_checkpoint(
         **family.config_to_published(config),
         "dtype": str(dtype).removeprefix("torch."),
     }
-    write_directory(
-        Path(directory), {SINGLE: published, "config.json": to_json(written), **(other_files or {})}
-    )
+    write_directory(directory, {SINGLE: published, "config.json": to_json(written), **(other_files or {})})
 
 
 def _shape(shape: torch.Size | None) -> str:

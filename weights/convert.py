@@ -8,8 +8,7 @@ from torch import Tensor
 from weights.checkpoint import refuse, with_our_names
 from weights.hub import SMALL_FILES, resolve
 from weights.json_files import CheckpointError, read_config, read_json, to_json
-from weights.key_maps import is_ignored
-from weights.safetensors_files import PICKLE, SINGLE, why_no_weights, write_directory
+from weights.safetensors_files import PICKLE, SINGLE, as_directory, why_no_weights, write_directory
 
 
 def convert(name_or_path: str | Path, directory: str | Path) -> None:
@@ -47,10 +46,11 @@ def convert(name_or_path: str | Path, directory: str | Path) -> None:
         if not isinstance(key, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             kind = type(tensor).__name__
             raise CheckpointError(f"{path} holds more than named tensors: {key!r:.60} names a {kind}")
-    refuse(path, with_our_names(source, config, published).problems)
-    tensors = {key: tensor for key, tensor in published.items() if not is_ignored(key)}
+    checkpoint = with_our_names(source, config, published)
+    refuse(path, checkpoint.problems)
+    tensors = {key: published[key] for key in checkpoint.published.values()}
     settings = {**read_json(source / "config.json"), "model_type": config["model_type"]}
     # None: of another model, that was here before
     paths = {name: source / name for name in SMALL_FILES}
     others = {name: path.read_bytes() if path.is_file() else None for name, path in paths.items()}
-    write_directory(Path(directory), {SINGLE: tensors, "config.json": to_json(settings), **others})
+    write_directory(as_directory(directory), {SINGLE: tensors, "config.json": to_json(settings), **others})

@@ -17,14 +17,8 @@ LENGTH_FILES = ("sentence_bert_config.json", "sentence_distilbert_config.json")
 MODULES = "modules.json"
 # all of its files, fetched in this order: last the one that names the others
 POOLING_FILES = (*LENGTH_FILES, "config_sentence_transformers.json", "1_Pooling/config.json", MODULES)
-# what may lie beside config.json and the weights
-SMALL_FILES = (
-    *TOKENIZER_FILES,
-    "tokenizer_config.json",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    *POOLING_FILES,
-)
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+SMALL_FILES = (*TOKENIZER_FILES, *TOKENIZER_SETTINGS, *POOLING_FILES)  # beside config.json and the weights
 # what a disk may say, not the network
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -45,7 +39,10 @@ def resolve(name_or_path: str | Path) -> Path:
     Raises:
         ModelNotFoundError: the name is unknown, or neither on disk nor reachable.
         CheckpointError: a downloaded file is not the one the catalog pins, or of another kind of model.
+        TypeError: neither a name nor a path.
     """
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(f"name_or_path is {name_or_path!r:.40}, it must be a model's name or directory")
     # os.path, whose functions answer False where Path's raise: for too long a name, or where it may not look
     name, path = str(name_or_path), os.path.expanduser(name_or_path)  # noqa: PTH111
     try:

@@ -127,6 +127,13 @@ def _what_it_is(path: Path) -> str:
     return "is a damaged safetensors file"
 
 
+def as_directory(directory: str | Path) -> Path:
+    """Raises ValueError for what names no directory: None, or an empty string (a variable that is not set)."""
+    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
+        raise ValueError(f"directory is {directory!r:.40}, it must be the path of one to save into")
+    return Path(directory)
+
+
 def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Tensor] | None]) -> None:
     """Writes files (relative name -> bytes, or tensors as safetensors); if one cannot be, none changes.
 
