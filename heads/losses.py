@@ -19,7 +19,8 @@ class MultiTaskLoss(nn.Module):
             task, the total is the sum of exp(-s) * loss + s / 2. `log_variance` holds every s, 0 at first.
 
     Raises:
-        ValueError: no task; a weight for none, below zero or not finite; or both kinds of weights.
+        TypeError: weights that are no dict.
+        ValueError: no task, or one twice; a weight for none, below zero or not finite; both kinds of weights.
     """
 
     def __init__(
@@ -27,17 +28,20 @@ class MultiTaskLoss(nn.Module):
     ) -> None:
         super().__init__()
         weights = weights or {}
-        if not tasks or isinstance(tasks, str):
-            raise ValueError(f"tasks is {tasks!r}, it must be a list of one name or more")
+        names = [] if isinstance(tasks, str) else list(tasks)
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"tasks is {tasks!r}, it must be a list of different names, one or more")
+        if not isinstance(weights, Mapping):
+            raise TypeError(f"weights must be a dict, task -> factor, not a {type(weights).__name__}")
         for name, weight in weights.items():
-            if name not in tasks:
-                raise ValueError(f"a loss weight is given for {name!r}, the tasks are: {', '.join(tasks)}")
-            if not 0 <= weight < float("inf"):
+            if name not in names:
+                raise ValueError(f"a loss weight is given for {name!r}, the tasks are: {', '.join(names)}")
+            if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
                 raise ValueError(f"the loss weight of {name} is {weight}, it must be 0 or a positive number")
         if weights and uncertainty:
             raise ValueError("loss weights are given and also to be learned: choose one")
-        self.weights = {name: float(weights.get(name, 1.0)) for name in tasks}
-        self.log_variance = nn.Parameter(torch.zeros(len(tasks))) if uncertainty else None
+        self.weights = {name: float(weights.get(name, 1.0)) for name in names}
+        self.log_variance = nn.Parameter(torch.zeros(len(names))) if uncertainty else None
 
     def forward(
         self,
@@ -56,7 +60,7 @@ class MultiTaskLoss(nn.Module):
                 gradients of k processes or parts of a batch are averaged: their common number / k.)
 
         Raises:
-            TypeError: no mapping of tasks, or labels that are no tensor of int64.
+            TypeError: no mapping of tasks, logits that are no tensor, or labels that are none of int64.
             ValueError: a task without its logits, labels or count, a label that is no class.
         """
         given = {"logits": logits, "labels": labels, "counts": self.weights if counts is None else counts}
@@ -69,6 +73,8 @@ class MultiTaskLoss(nn.Module):
         integers = (torch.int64, torch.uint8)  # that cross_entropy takes
         if wrong := [name for name in self.weights if getattr(labels[name], "dtype", None) not in integers]:
             raise TypeError(f"labels of {wrong[0]} must be a tensor of class indices, int64")
+        if wrong := [name for name in self.weights if not isinstance(logits[name], Tensor)]:
+            raise TypeError(f"logits of {wrong[0]} must be a tensor, not a {type(logits[wrong[0]]).__name__}")
         for name in self.weights:
             ours, theirs = tuple(labels[name].shape), tuple(logits[name].shape)
             if len(theirs) != 2 or ours != theirs[:1]:

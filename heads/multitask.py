@@ -14,6 +14,7 @@ from torch.utils._pytree import _register_namedtuple
 from heads.mlp import MLPHead
 from minibert import BertModel, SentenceEncoder, Tokenizer, mean_pooling
 from minibert.freezing import keep_frozen_in_eval
+from minibert.inputs import full_name
 from minibert.model import bert_inside, uncompiled
 from minibert.modes import evaluating
 from minibert.sentence_encoder import check_batch_size, has_plain_forward
@@ -62,7 +63,7 @@ class MultiTaskModel(nn.Module):
         tokenizer: needed by `predict` only; saved with the rest.
 
     Raises:
-        TypeError: the encoder is no BertModel, or the tokenizer no `Tokenizer`.
+        TypeError: the encoder is no BertModel, the tokenizer no `Tokenizer`, or heads or labels no dict.
         ValueError: a name that cannot be one, a head that is no Module, labels of a task without a head; an
             `MLPHead` or a `Linear` of another width than the encoder's, or with more or fewer classes than
             labels.
@@ -79,10 +80,12 @@ class MultiTaskModel(nn.Module):
         super().__init__()
         if not isinstance(uncompiled(encoder), BertModel):
             where = ": its .model" * isinstance(encoder, SentenceEncoder)
-            raise TypeError(f"encoder is a {type(encoder).__name__}, give the BertModel in it{where}")
+            raise TypeError(f"encoder is a {full_name(encoder)}, it must be a minibert.BertModel{where}")
         if tokenizer is not None:
             check_tokenizer(tokenizer)
         labels = labels or {}
+        _check_dict("heads", heads)
+        _check_dict("labels", labels)
         if unknown := sorted(labels.keys() - heads.keys()):
             raise ValueError(f"labels are given for {unknown[0]!r}, the heads are: {', '.join(heads)}")
         for name, head in heads.items():
@@ -102,7 +105,12 @@ class MultiTaskModel(nn.Module):
         return self.classify(mean_pooling(hidden, mask))
 
     def classify(self, embeddings: Tensor) -> MultiTaskOutput:
-        """The heads alone, on (B, H) embeddings."""
+        """The heads alone, on (B, H) embeddings. Raises TypeError for an array."""
+        if not isinstance(embeddings, Tensor):
+            raise TypeError(
+                f"embeddings is a {full_name(embeddings)}, it must be a tensor: encode gives one with "
+                "convert_to_tensor=True"
+            )
         logits = {}
         for name, head in self.heads.items():
             dtype = next((p.dtype for p in head.parameters()), embeddings.dtype)  # pooling is float32 or wider
@@ -227,6 +235,7 @@ class MultiTaskModel(nn.Module):
         has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
         tokenizer = Tokenizer.from_pretrained(directory) if has_tokenizer else None
         given = heads or {}
+        _check_dict("heads", given)
         if unknown := sorted(given.keys() - settings.keys()):
             raise ValueError(f"{directory} has no head {unknown[0]!r}, it has: {', '.join(settings)}")
         try:
@@ -249,6 +258,11 @@ class MultiTaskModel(nn.Module):
                 f"{directory / TENSORS} does not fit {HEADS}: {' '.join(str(error).split())}"
             ) from error
         return model.eval()
+
+
+def _check_dict(name: str, given: object) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name} is a {full_name(given)}, it must be a dict, task -> each")
 
 
 def _check_head(name: str, head: nn.Module, hidden_size: int, labels: Sequence[str] | None) -> None:

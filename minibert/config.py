@@ -108,8 +108,12 @@ class BertConfig:
         Those that do not concern the encoder are left out.
 
         Raises:
+            TypeError: no dict.
             ValueError: a value that the encoder does not support.
         """
+        if not isinstance(published, Mapping):
+            kind = type(published).__name__
+            raise TypeError(f"a config is made of a dict, such as another's .to_dict(), not of a {kind}")
         unsupported = [
             f"{name} {published[name]!r} is not supported, only {supported!r}"
             for name, supported in UNSUPPORTED_UNLESS.items()

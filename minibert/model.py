@@ -11,7 +11,7 @@ from torch.utils._pytree import _register_namedtuple
 from minibert.attention import ATTENTION_FUNCTIONS, expand_mask
 from minibert.config import BertConfig
 from minibert.embeddings import Embeddings
-from minibert.inputs import check_dtype, check_inputs, states_and_weights
+from minibert.inputs import check_config, check_dtype, check_inputs, full_name, states_and_weights
 from minibert.layers import EncoderLayer, Pooler
 from minibert.meta_device import without_numbers
 from minibert.packing import PaddedBatch
@@ -46,11 +46,13 @@ class BertModel(nn.Module):
     `add_pooling_layer`: with a `pooler` (a DistilBERT has none).
 
     Raises:
+        TypeError: `config` is no `BertConfig`.
         ValueError: `attention` is none of these.
     """
 
     def __init__(self, config: BertConfig, *, attention: str = "sdpa", add_pooling_layer: bool = True) -> None:
         super().__init__()
+        check_config(config)
         self.config = config
         self.attention = attention
         self.embeddings = Embeddings(config)
@@ -240,5 +242,8 @@ def bert_inside(model: nn.Module) -> BertModel:
     """
     inside = uncompiled(model)
     if not isinstance(inside, BertModel):
-        raise ValueError(f"a {type(inside).__name__} cannot be saved: put the BertModel inside it in its place")
+        raise ValueError(
+            f"a {full_name(inside)} cannot be saved, only a minibert.BertModel: put the one inside it in its "
+            "place"
+        )
     return inside

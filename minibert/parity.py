@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minibert.config import BertConfig
+from minibert.inputs import full_name
 from minibert.model import BertModel
 from weights import resolve
 from weights.key_maps import FAMILIES
@@ -71,7 +72,7 @@ def differences(ours: Any, reference: Any) -> list[Difference]:
     what is None in ours is left out.
 
     Raises:
-        ValueError: the reference lacks some of it; or shapes or dtypes differ.
+        ValueError: ours has none of them, or the reference lacks one; or shapes or dtypes differ.
     """
     hidden, maps = (_both(name, ours, reference) for name in ("hidden_states", "attentions"))
     states = [(f"layer {i - 1}" if i else "embeddings", *pair) for i, pair in enumerate(hidden)]
@@ -79,6 +80,8 @@ def differences(ours: Any, reference: Any) -> list[Difference]:
     pieces = [*filter(None, chain(*zip_longest(states, weights)))]  # embeddings, map 0, layer 0, map 1, ...
     for name in ("last_hidden_state", "pooler_output"):
         pieces += [(name, *pair) for pair in _both(name, ours, reference)]
+    if not pieces:
+        raise ValueError(f"ours, a {full_name(ours)}, has no last_hidden_state or other piece to compare")
     return [difference(*piece) for piece in pieces]
 
 

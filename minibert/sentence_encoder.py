@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from minibert.fast_attention import has_varlen
 from minibert.fast_inference import FastModel, fast_copy, in_batches, run_texts, token_budget
 from minibert.fused_layers import has_hook
-from minibert.inputs import check_dtype
+from minibert.inputs import check_dtype, full_name
 from minibert.model import BertModel, bert_inside
 from minibert.modes import evaluating
 from minibert.onednn import onednn_products
@@ -67,7 +67,7 @@ class SentenceEncoder(nn.Module):
     ) -> None:
         super().__init__()
         if not all(hasattr(model, name) for name in ("config", "device", "dtype")):
-            raise TypeError(f"model is a {type(model).__name__}, it must be a BertModel")
+            raise TypeError(f"model is a {full_name(model)}, it must be a minibert.BertModel")
         check_tokenizer(tokenizer)
         check_dtype(dtype)
         self.model = model
@@ -87,6 +87,15 @@ class SentenceEncoder(nn.Module):
         if pooling not in POOLINGS:
             raise ValueError(f"pooling is {pooling!r}, it must be {' or '.join(POOLINGS)}")
         self._pooling = pooling
+
+    @property
+    def max_seq_length(self) -> int:
+        """The most tokens that are read of a text: `tokenizer.max_length`, by sentence-transformers' name."""
+        return self.tokenizer.max_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, tokens: int) -> None:
+        self.tokenizer.max_length = tokens
 
     @classmethod
     @torch.inference_mode(False)  # as BertModel's

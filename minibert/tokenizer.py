@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from minibert.config import BertConfig
+from minibert.inputs import full_name
 from minibert.tokenizer_files import SPECIAL_TOKENS, read_settings, read_tokenizer, tokenizer_files
 from weights import CheckpointError, resolve
-from weights.hub import LENGTH_FILES
+from weights.hub import LENGTH_FILES, TOKENIZER_FILES, TOKENIZER_SETTINGS
+from weights.safetensors_files import as_directory, write_directory
 
 if TYPE_CHECKING:
     import tokenizers
@@ -32,6 +34,7 @@ class Tokenizer:
     what its special tokens are called where not as BERT's (`{"pad_token": "<pad>"}`).
 
     Raises:
+        TypeError: `backend` is something else.
         ValueError: the vocabulary has no padding token.
     """
 
@@ -43,6 +46,11 @@ class Tokenizer:
         token_types: bool = True,
         special_tokens: Mapping[str, str] | None = None,
     ) -> None:
+        if not hasattr(backend, "encode_batch_fast"):
+            raise TypeError(
+                f"backend is a {full_name(backend)}, it must be a tokenizers.Tokenizer (of transformers' its "
+                ".backend_tokenizer); Tokenizer.from_pretrained takes a model's name"
+            )
         self.special_tokens = SPECIAL_TOKENS | dict(special_tokens or {})
         pad_token_id = backend.token_to_id(self.special_tokens["pad_token"])
         if pad_token_id is None:
@@ -177,6 +185,15 @@ class Tokenizer:
                 self.backend.no_truncation()
         return rows, sum(bool(row.overflowing) for row in rows)
 
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes `files()` beside a model's config.json, without which nothing loads them.
+
+        Raises:
+            CheckpointError, ValueError: the directory cannot be written, or names none.
+        """
+        of_another = dict.fromkeys((*TOKENIZER_FILES, *TOKENIZER_SETTINGS))  # that was here before
+        write_directory(as_directory(directory), {**of_another, **self.files()})
+
     def files(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json as transformers reads them, by name."""
         with TRUNCATION:
@@ -186,8 +203,9 @@ class Tokenizer:
 def check_tokenizer(tokenizer: object) -> None:
     """Raises TypeError unless it is a `Tokenizer`."""
     if not isinstance(tokenizer, Tokenizer):
-        kind = f"{type(tokenizer).__module__.partition('.')[0]}.{type(tokenizer).__name__}"
-        raise TypeError(f"tokenizer is a {kind}, it must be what minibert.Tokenizer.from_pretrained gives")
+        raise TypeError(
+            f"tokenizer is a {full_name(tokenizer)}, it must be what minibert.Tokenizer.from_pretrained gives"
+        )
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
@@ -207,7 +225,8 @@ def as_iterable(texts: str | Iterable[str]) -> Iterable[str]:
         return [texts]
     not_a_row = getattr(texts, "ndim", 1) != 1  # a table would give the names of its columns
     if isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable) or not_a_row:
-        raise TypeError(f"the texts are {type(texts).__name__}, they must be a string or several")
+        shape = f" of shape {tuple(texts.shape)}" if hasattr(texts, "shape") else ""
+        raise TypeError(f"the texts are {full_name(texts)}{shape}, they must be a string or several")
     return texts
 
 

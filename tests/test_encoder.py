@@ -99,6 +99,29 @@ def test_poolings_refuse_a_bad_mask(pooling: Any) -> None:
         pooling(torch.ones(2, 5, 7), -torch.ones(2, 5))
 
 
+@pytest.mark.parametrize("pooling", [mean_pooling, cls_pooling])
+def test_poolings_refuse_what_is_no_last_hidden_state(model: BertModel, pooling: Any) -> None:
+    output = model(IDS)
+    with pytest.raises(TypeError, match=r"is a minibert.BertModelOutput, .*: give its .last_hidden_state$"):
+        pooling(output, torch.ones_like(IDS))
+    with pytest.raises(TypeError, match=r"last_hidden_state is a tuple, it must be a tensor$"):
+        pooling((output.last_hidden_state,), torch.ones_like(IDS))
+    with pytest.raises(ValueError, match=r"last_hidden_state has shape .*, it must be \(batch, tokens, hidden"):
+        pooling(output.pooler_output, torch.ones_like(IDS))
+
+
+@pytest.mark.parametrize("config", ["all-MiniLM-L6-v2", {"hidden_size": 36}, None])
+def test_a_model_is_made_of_a_config(config: Any) -> None:
+    kind = type(config).__name__
+    with pytest.raises(
+        TypeError, match=f"config is a {kind}, it must be a minibert.BertConfig: from_dict makes"
+    ):
+        BertModel(config)
+    if not isinstance(config, dict):
+        with pytest.raises(TypeError, match=rf"such as another's .to_dict\(\), not of a {kind}"):
+            BertConfig.from_dict(config)
+
+
 def test_outputs_asked_for_and_not(model: BertModel) -> None:
     plain = model(random_ids(3, 13))
     assert plain.hidden_states is None

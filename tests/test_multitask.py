@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from heads import MISSING, MLPHead, MultiTaskLoss, MultiTaskModel
 from heads.evaluation import score
 from heads.metrics import TaskMetrics, macro_f1, majority
 from heads.multitask import MultiTaskOutput
-from minibert import BertModel, SentenceEncoder, Tokenizer
+from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer
 from minibert.freezing import FreezePlan, named_groups
 from minibert.modes import evaluating
 from weights import CheckpointError
@@ -562,15 +563,26 @@ def test_a_task_that_is_left_out_is_said(kind: str) -> None:
         MultiTaskLoss(["a", "b"])(**given)
 
 
-def test_an_encoder_of_another_kind(small: Path) -> None:
+def test_an_encoder_of_another_kind(small: Path, tmp_path: Path) -> None:
+    from transformers import BertModel as TheirBertModel
+
     encoder: Any = SentenceEncoder.from_pretrained(small)
-    with pytest.raises(TypeError, match=r"a SentenceEncoder, give the BertModel in it: its \.model"):
+    other: Any = TheirBertModel.from_pretrained(small)
+    with pytest.raises(TypeError, match=r"a transformers.BertModel, it must be a minibert.BertModel$"):
+        MultiTaskModel(other, {})
+    with pytest.raises(
+        ValueError, match=r"a transformers.BertModel cannot be saved, only a minibert.BertModel"
+    ):
+        SentenceEncoder(other, encoder.tokenizer).save_pretrained(tmp_path / "saved")
+    with pytest.raises(
+        TypeError, match=r"a minibert.SentenceEncoder, it must be a minibert.BertModel: its \.model"
+    ):
         MultiTaskModel(encoder, {})
     around: Any = nn.Sequential(encoder.model)
-    with pytest.raises(TypeError, match=r"a Sequential, give the BertModel in it$"):
+    with pytest.raises(TypeError, match=r"a torch.Sequential, it must be a minibert.BertModel$"):
         MultiTaskModel(around, {})
     whole: Any = MultiTaskModel(encoder.model, {})
-    with pytest.raises(TypeError, match=r"model is a MultiTaskModel, it must be a BertModel"):
+    with pytest.raises(TypeError, match=r"model is a heads.MultiTaskModel, it must be a minibert.BertModel"):
         SentenceEncoder(whole, encoder.tokenizer)
     theirs: Any = encoder.tokenizer.backend
     for with_tokenizer in (partial(SentenceEncoder, encoder.model), partial(MultiTaskModel, encoder.model, {})):
@@ -616,6 +628,8 @@ def test_uncertainty_is_kendalls_formula() -> None:
         ({"weights": {"c": 1.0}}, "a loss weight is given for 'c', the tasks are: a, b"),
         ({"weights": {"a": -1.0}}, "the loss weight of a is -1.0"),
         ({"weights": {"a": math.nan}}, "the loss weight of a is nan"),
+        ({"weights": {"a": "2"}}, "the loss weight of a is 2, it must be 0 or a positive number"),
+        ({"weights": {"a": torch.ones(3)}}, "the loss weight of a is tensor"),
         ({"weights": {"a": 2.0}, "uncertainty": True}, "choose one"),
     ],
 )
@@ -624,10 +638,31 @@ def test_weights_that_cannot_be(arguments: dict[str, Any], message: str) -> None
         MultiTaskLoss(["a", "b"], **arguments)
 
 
-@pytest.mark.parametrize("tasks", [[], "type"])
+@pytest.mark.parametrize("tasks", [[], "type", ["a", "b", "a"]])
 def test_tasks_that_cannot_be(tasks: Any) -> None:
-    with pytest.raises(ValueError, match="it must be a list of one name or more"):
+    with pytest.raises(ValueError, match="it must be a list of different names, one or more"):
         MultiTaskLoss(tasks)
+    assert MultiTaskLoss(iter(["a", "b"]), uncertainty=True).weights == {"a": 1, "b": 1}  # type: ignore[arg-type]
+
+
+def test_lists_in_place_of_dicts_and_tensors(small: Path) -> None:
+    encoder, head = BertModel.from_pretrained(small), MLPHead(36, 13, 3)
+    for arguments, message in [
+        ((encoder, head), "heads is a heads.MLPHead, it must be a dict, task -> each"),
+        ((encoder, [head]), "heads is a list, it must be a dict"),
+        ((BertConfig(), {"type": head}), "encoder is a minibert.BertConfig, it must be a minibert.BertModel"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            MultiTaskModel(*arguments)  # type: ignore[arg-type]
+    model = MultiTaskModel(encoder, {"type": head})
+    with pytest.raises(TypeError, match="labels is a list, it must be a dict"):
+        MultiTaskModel(encoder, {"type": head}, labels=["a", "b", "c"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"embeddings is a numpy.ndarray, it .*: encode gives one with convert"):
+        model.classify(np.zeros((2, 36), np.float32))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="weights must be a dict, task -> factor, not a list"):
+        MultiTaskLoss(["a"], weights=[1.0])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="logits of a must be a tensor, not a list"):
+        MultiTaskLoss(["a"])({"a": [[0.1, 0.2]]}, {"a": torch.tensor([1])})
 
 
 def test_an_output_in_place_of_its_logits(small: Path) -> None:

@@ -43,6 +43,19 @@ def test_equals_sentence_transformers(encoder: SentenceEncoder, minilm: Path) ->
     np.testing.assert_allclose(encoder.encode(texts), expected, atol=5e-7)
 
 
+def test_the_limit_is_set_as_in_sentence_transformers(minilm: Path) -> None:
+    encoder, theirs = SentenceEncoder.from_pretrained(minilm), SentenceTransformer(str(minilm), device="cpu")
+    assert encoder.max_seq_length == theirs.max_seq_length == 256
+    encoder.max_seq_length = theirs.max_seq_length = 11
+    text = sentences(1, 40, seed=3)[0]
+    with pytest.warns(UserWarning, match="1 of 1 texts cut to 11 tokens"):
+        ours = encoder.encode(text)
+    np.testing.assert_allclose(ours, theirs.encode(text), atol=5e-7)
+    encoder.max_seq_length = 600  # more than there are positions
+    with pytest.raises(ValueError, match="input_ids is 600 tokens long, this model has positions for 512"):
+        encoder.encode("word " * 600)
+
+
 def test_shapes_and_types(encoder: SentenceEncoder) -> None:
     one = encoder.encode("hello")
     assert isinstance(one, np.ndarray)
@@ -243,8 +256,16 @@ def test_an_unusual_normalizer_survives_saving(minilm: Path, tmp_path: Path) -> 
     [
         ({"sentences": ["a", 3]}, TypeError, "text 1 is int (3), it must be a string"),
         ({"sentences": 3}, TypeError, "the texts are int, they must be a string or several"),
-        ({"sentences": np.array([["a", "b"]])}, TypeError, "the texts are ndarray, they must be a string or"),
-        ({"sentences": np.array("a")}, TypeError, "the texts are ndarray, they must be a string or several"),
+        (
+            {"sentences": np.array([["a", "b"]])},
+            TypeError,
+            "the texts are numpy.ndarray of shape (1, 2), they must be a string or",
+        ),
+        (
+            {"sentences": np.array("a")},
+            TypeError,
+            "the texts are numpy.ndarray of shape (), they must be a string",
+        ),
         ({"sentences": b"abc"}, TypeError, "the texts are bytes"),
         ({"sentences": ["a", "\udc00"]}, ValueError, "text 1 is not valid Unicode"),
         ({"sentences": ["a"], "batch_size": 0}, ValueError, "batch_size is 0, it must be an integer from 1 up"),

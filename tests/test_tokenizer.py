@@ -375,6 +375,40 @@ def test_around_a_backend_of_ones_own() -> None:
     assert json.loads(tokenizer.files()["tokenizer_config.json"])["pad_token"] == "a"  # or none could load it
 
 
+@pytest.mark.parametrize("kind", ["a name", "transformers'"])
+def test_a_tokenizer_in_place_of_a_backend(minilm: Path, kind: str) -> None:
+    theirs: Any = AutoTokenizer.from_pretrained(minilm) if kind == "transformers'" else "bert-base-uncased"
+    with pytest.raises(
+        TypeError, match=r"backend is a .*, it must be a tokenizers.Tokenizer \(of transformers'"
+    ):
+        Tokenizer(theirs)
+    if kind == "transformers'":
+        assert Tokenizer(theirs.backend_tokenizer).token_ids("hello") == [[101, 7592, 102]]
+
+
+def test_saved_beside_a_model(minilm: Path, tmp_path: Path) -> None:
+    """In place of all files of another one that was there."""
+    directory = layout(
+        minilm, tmp_path / "model", ["vocab.txt", "special_tokens_map.json"], do_lower_case=False
+    )
+    (directory / "added_tokens.json").write_text('{"<old>": 30522}')
+    tokenizer = Tokenizer.from_pretrained(minilm)
+    tokenizer.backend.add_tokens(["<new>"])
+    tokenizer.max_length = 77
+    tokenizer.save_pretrained(directory)
+    texts = [*TEXTS[:50], "<new> and <old>"]
+    reference = AutoTokenizer.from_pretrained(directory)
+    assert reference.model_max_length == 77
+    again = Tokenizer.from_pretrained(directory)
+    assert again.max_length == 77
+    expected = reference(texts, truncation=True)["input_ids"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert tokenizer.token_ids(texts) == again.token_ids(texts) == expected
+    assert 30522 in expected[-1]
+    assert not any((directory / name).exists() for name in ("vocab.txt", "added_tokens.json"))
+
+
 def test_padding_of_the_backend_is_not_encoded(minilm: Path) -> None:
     tokenizer = Tokenizer.from_pretrained(minilm)
     tokenizer.backend.enable_padding(length=40)

@@ -62,6 +62,8 @@ def test_all_that_ours_has_is_compared() -> None:
     found = differences(output(hidden_states=None), output(attentions=(A, A + 1)))
     assert [d.piece for d in found if d.ulps] == ["attention map 1"]
     assert len(differences(output(attentions=None, pooler_output=None), output())) == 4
+    with pytest.raises(ValueError, match=r"ours, a torch.Tensor, has no last_hidden_state or other piece"):
+        differences(A, A)
 
 
 @pytest.mark.parametrize("name", ["hidden_states", "attentions", "pooler_output"])
