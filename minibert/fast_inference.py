@@ -75,6 +75,7 @@ class _Kept:
 
     def __init__(self, model: BertModel, dtype: torch.dtype | None) -> None:
         modules, self.parameters = list(model.modules()), list(model.parameters())
+        self.matrices = [parameter for parameter in self.parameters if parameter.ndim > 1]
         self.inner = modules[1:]  # not the model, which would hold itself
         self.namespaces = [vars(module) for module in self.inner]
         self.namespaces += [names for module in modules for names in (module._parameters, module._modules)]
@@ -110,8 +111,8 @@ class _Kept:
         if any(map(Tensor.is_inference, self.parameters)):
             return [object()]
         versions = map(attrgetter("_version"), self.parameters)
-        places = chain(*(map(f, self.parameters) for f in (Tensor.data_ptr, Tensor.size, Tensor.stride)))
-        return [dtype, any(self.hooks), *versions, *places]
+        shapes = chain(map(Tensor.size, self.matrices), map(Tensor.stride, self.matrices))
+        return [dtype, any(self.hooks), *versions, *map(Tensor.data_ptr, self.parameters), *shapes]
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
