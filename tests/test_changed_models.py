@@ -152,6 +152,9 @@ def changes() -> list[Callable[[BertModel], None]]:
 
         model.layers[0].register_forward_hook(ablate)
 
+    def before_a_layer(model: BertModel) -> None:
+        model.layers[1].register_forward_pre_hook(lambda _, inputs: (inputs[0] * torch.arange(36), *inputs[1:]))
+
     class Mixing(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.cumsum(1))  # of a text's tokens, from the left
@@ -167,6 +170,9 @@ def changes() -> list[Callable[[BertModel], None]]:
     def one_key_for_all_heads(model: BertModel) -> None:
         attention = model.get_submodule("layers.0.attention")
         attention.key, attention.value = nn.Linear(36, 12), nn.Linear(36, 12)
+
+    def one_value_for_all_heads(model: BertModel) -> None:
+        model.get_submodule("layers.1.attention").value = nn.Linear(36, 12)
 
     def no_layers(model: BertModel) -> None:
         model.layers = nn.ModuleList()
@@ -238,8 +244,8 @@ def changes() -> list[Callable[[BertModel], None]]:
     return [
         *(biases, in_place, a_step, a_fused_step, new_data, told, new_parameters, pruned, norm),
         *(merged, plain_tensor, without_cls, mixes_tokens, fewer_heads, fewer_inner_numbers, own_attention),
-        *(own_function, one_key_for_all_heads, no_layers, limited_table, the_first_inner_numbers, transposed),
-        a_fused_step_that_leaves_no_gradient,
+        *(own_function, one_key_for_all_heads, one_value_for_all_heads, no_layers, limited_table),
+        *(the_first_inner_numbers, transposed, a_fused_step_that_leaves_no_gradient, before_a_layer),
         *(no_bias, activation, activation_alone, other_forward, outside_forward, outside_hook),
         *(new_module, other_class, adapter, table_adapter, other_embeddings, other_layer, other_norm),
         *(other_eps, other_head_size, other_activation, other_method),
@@ -347,7 +353,8 @@ def test_an_encoder_with_a_forward_of_its_own(minilm: Path) -> None:
         def forward(
             self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
         ) -> Tensor:
-            return super().forward(input_ids, attention_mask, token_type_ids) + torch.arange(36)
+            shift = F.dropout(torch.arange(36.0), 0.5, self.training)
+            return super().forward(input_ids, attention_mask, token_type_ids) + shift
 
     plain = two_layers(minilm)
     shifted = Shifted(plain.model, plain.tokenizer, dtype=torch.bfloat16).train()

@@ -124,7 +124,7 @@ def test_progress_bar_on_a_terminal_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in.txt").write_text("a sentence\n" * 9)
-    command = ["encode", *MODEL, str(tmp_path / "in.txt"), "--batch-size", "1"]
+    command = ["encode", *MODEL, str(tmp_path / "in.txt"), "--batch-size", "2"]
     delays = []
 
     def at_once(*, delay: float, **settings: Any) -> Any:

@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from heads import MLPHead, MultiTaskModel
-from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer
+from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer, mean_pooling
 from minibert.fast_inference import FastModel, run
 from minibert.packing import PackedBatch
 from minibert.sentence_encoder import POOLINGS
@@ -147,10 +147,21 @@ def test_training_mode_is_left_as_it_was(tiny_encoder: SentenceEncoder) -> None:
     assert [module.training for module in tiny_encoder.modules()] == modes
 
 
+def test_what_from_pretrained_is_told(minilm: Path) -> None:
+    encoder = SentenceEncoder.from_pretrained(minilm, attention="eager", compile=True)
+    assert encoder.model.attention == "eager"
+    with pytest.raises(ValueError, match="compile=True needs a GPU"):
+        encoder.encode("one text")
+
+
 def test_forward_can_be_trained(tiny_encoder: SentenceEncoder) -> None:
     batch = tiny_encoder.tokenizer(["a cat", "the dog sat"])
     embeddings = tiny_encoder(**batch)
     assert embeddings.shape == (2, 36)
+    others = {**batch, "token_type_ids": torch.ones_like(batch["input_ids"])}
+    tiny_encoder.eval()
+    hidden = tiny_encoder.model(**others).last_hidden_state
+    assert torch.equal(tiny_encoder(**others), mean_pooling(hidden, batch["attention_mask"]))
     embeddings.sum().backward()
     assert tiny_encoder.model.layers[0].attention.query.weight.grad is not None  # type: ignore[union-attr]
 

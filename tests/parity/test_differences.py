@@ -1,5 +1,6 @@
 """What `minibert.parity` says of two tensors, and of two outputs."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from minibert.parity import difference, differences
+from minibert import BertConfig
+from minibert.parity import Difference, difference, differences, random_inputs, run
 
 A = torch.linspace(-3, 3, 24).view(2, 3, 4)
 
@@ -31,7 +33,7 @@ def test_far_apart() -> None:
     assert difference("x", a, a * torch.tensor([1, -1])).ulps == 2 * 0x4000000000000000
     assert difference("x", a, a * torch.tensor([1, -1])).index == (1,)
     a[0] = torch.nan
-    assert difference("x", a, a).index == (0,)
+    assert str(difference("x", a, a)) == "x: differs by up to nan (1 ulp) at [0]"
 
 
 def test_arrays() -> None:
@@ -42,6 +44,8 @@ def test_arrays() -> None:
         ValueError, match=r"x: ours is torch.float64 \(4,\), the reference torch.float32 \(2, 3, 4\)"
     ):
         difference("x", np.zeros(4), A)
+    with pytest.raises(ValueError, match=r"x: ours is torch.bfloat16 \(2, 3, 4\), the reference torch.float32"):
+        difference("x", A.bfloat16(), A)
 
 
 def output(**others: Any) -> SimpleNamespace:
@@ -75,3 +79,23 @@ def test_what_the_reference_lacks(name: str) -> None:
     if count > 1:
         with pytest.raises(ValueError, match=f"{name}: ours are {count}, the reference's {count - 1}"):
             differences(output(), output(**{name: has[1:]}))
+        with pytest.raises(ValueError, match=f"{name}: ours are {count - 1}, the reference's {count}"):
+            differences(output(**{name: has[1:]}), output())
+
+
+@pytest.mark.parametrize(("types", "share"), [(0, 1), (1, 1), (2, 2)])
+def test_batches_of_several_token_types(types: int, share: int) -> None:
+    batches = dict(random_inputs(BertConfig(vocab_size=97, type_vocab_size=types)))
+    mixed = [inputs["token_type_ids"] for inputs in batches.values() if "token_type_ids" in inputs]
+    assert len(batches) == 10 * share
+    assert len(mixed) == 10 * (share - 1)
+    assert all(set(ids.flatten().tolist()) <= {0, 1} for ids in mixed)
+
+
+def test_one_batch_that_differs_is_enough(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = iter([[Difference("layer 0", 0.5, 3, (1, 2))]])
+    monkeypatch.setattr("minibert.parity.differences", lambda *_: next(found, []))
+    assert run(str(tiny)) == 1
+    assert capsys.readouterr().out.count("first layer 0: differs by up to 0.5 (3 ulp) at [1, 2]") == 1
