@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -144,6 +145,28 @@ def test_added_tokens_are_autotokenizers(
         (directory / name).unlink()
     assert Tokenizer.from_pretrained(directory).token_ids(texts) == tokenizer.token_ids(texts)
     assert AutoTokenizer.from_pretrained(directory)(texts)["input_ids"] == tokenizer.token_ids(texts)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"added_tokens_decoder": {}, "extra_special_tokens": ["foo"]},
+        {"added_tokens_decoder": {"103": MASK}, "mask_token": "[MASK]"},
+        {"mask_token": "[MASK]", "extra_special_tokens": ["foo"]},
+    ],
+)
+def test_whose_added_tokens_count(minilm: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Of a token that tokenizer.json and tokenizer_config.json add in two ways."""
+    directory = layout(minilm, tmp_path / "model", ["tokenizer.json"], **settings)
+    parts = json.loads((directory / "tokenizer.json").read_text())
+    parts["added_tokens"] = [
+        token | {"normalized": token["content"] == "[MASK]"} for token in parts["added_tokens"]
+    ]
+    parts["added_tokens"].append(ADDED | {"id": 30522, "content": "foo", "single_word": True, "special": False})
+    (directory / "tokenizer.json").write_text(json.dumps(parts))
+    texts = ["na\u00efve [MASK].", "a [mask] b[MASK]c", "foo xfoo"]
+    expected = AutoTokenizer.from_pretrained(directory)(texts)["input_ids"]
+    assert Tokenizer.from_pretrained(directory).token_ids(texts) == expected
 
 
 @pytest.mark.parametrize(
@@ -557,16 +580,47 @@ def test_sentence_transformers_lower_casing(minilm: Path, tmp_path: Path) -> Non
         Tokenizer.from_pretrained(directory)
 
 
+class Slow:
+    """A backend that gives other threads time to come in between."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self.backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def enable_truncation(self, limit: int) -> None:
+        self.backend.enable_truncation(limit)
+        time.sleep(0.01)
+
+
 def test_threads_do_not_disturb_each_other(minilm: Path) -> None:
     tokenizer = Tokenizer.from_pretrained(minilm)
-    limits = [16, 32, 64, 128] * 24
+    tokenizer.backend = Slow(tokenizer.backend)  # type: ignore[assignment]
+    limits, files = [16, 32, 64, 128] * 6, tokenizer.files()
 
     def longest(limit: int) -> int:
         return len(tokenizer.token_ids("word " * 300, max_length=limit)[0])
 
     with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
         warnings.simplefilter("ignore")
-        assert list(pool.map(longest, limits)) == limits
+        lengths = pool.map(longest, limits)
+        assert tokenizer.files() == files  # which do not say what limit another thread is at
+        assert list(lengths) == limits
+
+
+def test_a_backend_that_fails_cuts_nothing_afterwards(minilm: Path) -> None:
+    class Failing:
+        def pre_tokenize(self, _: object) -> None:
+            raise LookupError("of the user's own")
+
+    tokenizer = Tokenizer.from_pretrained(minilm)
+    part = tokenizer.backend.pre_tokenizer
+    tokenizer.backend.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Failing())
+    with pytest.raises(Exception, match="of the user's own"):
+        tokenizer.token_ids(["one", "two"], max_length=3)
+    tokenizer.backend.pre_tokenizer = part
+    assert tokenizer.backend.truncation is None
 
 
 def test_bad_files(minilm: Path, tmp_path: Path) -> None:
