@@ -471,10 +471,26 @@ def test_a_damaged_shard_is_named(small: Path, text: Path, capsys: pytest.Captur
 def test_merged_shards_are_the_file(small: Path, text: Path, count: int) -> None:
     assert encode(small, text) == 0
     for index in range(count, 0, -1):
-        assert encode(small, text, "--shard", f"{index}/{count}", output="parts.npy") == 0
-    assert main(["merge", str(text.with_name("parts.npy"))]) == 0
-    assert text.with_name("parts.npy").read_bytes() == text.with_name("out.npy").read_bytes()
-    assert read_json(text.with_name("parts.npy.json")) == read_json(text.with_name("out.npy.json"))
+        assert encode(small, text, "--shard", f"{index}/{count}", output="parts[1].npy") == 0
+    assert main(["merge", str(text.with_name("parts[1].npy"))]) == 0
+    assert text.with_name("parts[1].npy").read_bytes() == text.with_name("out.npy").read_bytes()
+    assert read_json(text.with_name("parts[1].npy.json")) == read_json(text.with_name("out.npy.json"))
+
+
+def test_a_merge_that_is_interrupted_leaves_nothing(
+    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for shard in ("1/2", "2/2"):
+        assert encode(small, text, "--shard", shard) == 0
+    before = files(text)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minibert.encode_file._write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(text.with_name("out.npy"))
+    assert files(text) == before
 
 
 class Projected(SentenceEncoder):
