@@ -146,6 +146,22 @@ def test_a_distilbert_that_does_not_say_how_deep_it_is(tmp_path: Path) -> None:
     )
 
 
+def test_a_distilbert_with_fields_of_a_bert(tmp_path: Path) -> None:
+    """Its own count for more, and what never varies is not read."""
+    from transformers import DistilBertConfig, DistilBertModel
+
+    config = DistilBertConfig(
+        vocab_size=97, dim=36, n_heads=3, n_layers=2, hidden_dim=37, max_position_embeddings=19
+    )
+    directory = save_random(DistilBertModel, config, tmp_path)
+    ids = torch.arange(9).view(1, 9)
+    with torch.no_grad():
+        expected = DistilBertModel.from_pretrained(directory).eval()(ids).last_hidden_state
+        set_config(directory, hidden_size=40, num_hidden_layers=5, type_vocab_size=2, layer_norm_eps=0.5)
+        assert torch.equal(BertModel.from_pretrained(directory)(ids).last_hidden_state, expected)
+    assert not {"dim", "n_layers"} & load_checkpoint(directory).config.keys()
+
+
 def test_sharded_checkpoint(tmp_path: Path) -> None:
     from transformers import AutoModel
 
@@ -464,11 +480,14 @@ def test_collapse_layers() -> None:
         "pooler.dense.bias",
         "encoder.layer.0-2,5,11.output.dense.bias",
     ]
+    assert collapse_layers(f"x.layer.{i}.y" for i in (0, 1, 10, 11, 2)) == [
+        "x.layer.0-2,10-11.y"
+    ]  # as in files
 
 
 def test_half_a_pooler_is_missing_the_other_half(copy: Path) -> None:
     message = error_of(rewrite(copy, lambda t: {k: v for k, v in t.items() if k != "pooler.dense.bias"}))
-    assert "missing pooler.dense.bias" in message
+    assert message == f"{copy}: the weights do not fit: missing pooler.dense.bias"
 
 
 def test_a_foreign_checkpoint_is_a_short_error(copy: Path) -> None:
@@ -523,6 +542,12 @@ def test_truncated_file(copy: Path, kept: float) -> None:
         assert "hold no valid header" in message
 
 
+def test_a_whole_file_is_not_called_truncated(copy: Path) -> None:
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"dtype":"F32"', b'"dtype":"X32"', 1))
+    assert "is a damaged safetensors file" in error_of(copy)
+
+
 def test_bin_only(copy: Path, tmp_path: Path) -> None:
     tensors = {f"bert.{key}": t.clone() for key, t in weights_of(copy).items()}
     tensors["cls.predictions.bias"] = torch.zeros(97)
@@ -544,6 +569,7 @@ def test_bin_only(copy: Path, tmp_path: Path) -> None:
     assert (tmp_path / "converted" / "mine.txt").exists()
     model = BertModel.from_pretrained(tmp_path / "converted")
     assert torch.equal(model.embeddings.word.weight, tensors["bert.embeddings.word_embeddings.weight"])
+    assert weights_of(tmp_path / "converted").keys() == tensors.keys() - {"cls.predictions.bias"}
 
 
 def test_convert_refuses_what_is_not_tensors(copy: Path, tmp_path: Path) -> None:
@@ -564,6 +590,7 @@ def test_convert_refuses_what_is_not_tensors(copy: Path, tmp_path: Path) -> None
     for kept, message in [
         ({5: one}, "holds more than named tensors: 5 names a Tensor"),
         ({"pooler.dense.bias": one, "epoch": 3}, "holds more than named tensors: 'epoch' names a int"),
+        ({"pooler.dense.bias": one.to_sparse()}, "than named tensors: 'pooler.dense.bias' names a Tensor"),
         ({"model": {"a": one}}, "holds more than named tensors: 'model' names a dict"),
         ([1, 2], "holds a list, not named tensors"),
         ({"module.bert.pooler.dense.bias": one}, "do not fit: unknown module.bert.pooler.dense.bias"),

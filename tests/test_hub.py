@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoModel
 
 import weights
@@ -152,6 +154,20 @@ def test_checkout_comes_before_the_carrier(monkeypatch: pytest.MonkeyPatch, tmp_
     assert resolve("sentence-transformers/all-MiniLM-L6-v2") == tmp_path / "all-MiniLM-L6-v2"
 
 
+def test_the_pinned_revision_comes_before_main(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, published: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    entry = find("bert-base-uncased")
+    assert entry is not None
+    storage = tmp_path / f"models--{entry.repo.replace('/', '--')}"
+    (storage / "refs").mkdir(parents=True)
+    (storage / "refs" / "main").write_text(COMMIT)
+    for commit in (COMMIT, entry.revision):
+        shutil.copytree(published, storage / "snapshots" / commit)
+        assert resolve("bert-base-uncased") == storage / "snapshots" / commit
+
+
 def test_catalog_is_whole() -> None:
     assert [entry.name for entry in CATALOG] == [
         "bert-base-uncased",
@@ -239,6 +255,13 @@ def test_shards_are_fetched(hub: Hub, shell: Shell, published: Path, folder: str
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[key], expected[key]) for key in expected)
 
+    lost = next(shell.home.rglob("model-00002-of-*.safetensors"))
+    lost.resolve().unlink()
+    lost.unlink()
+    hub.asked.clear()
+    assert shell.fetch("org/parts").returncode == 0
+    assert hub.downloads() == [lost.name]
+
 
 def test_any_repository_is_fetched_once(hub: Hub, shell: Shell, published: Path) -> None:
     hub.repos["org/tiny"] = published
@@ -255,6 +278,15 @@ def test_any_repository_is_fetched_once(hub: Hub, shell: Shell, published: Path)
     assert "embeddings: 1 x 36 float32" in encoded.stdout
     assert hub.asked == []  # not even a question
     assert shell.fetch("org/tiny", HF_HUB_OFFLINE="1").returncode == 0
+
+
+def test_what_the_hub_cannot_give_now_is_not_called_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own this takes half a minute: the library tries again and again."""
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", Mock(side_effect=LocalEntryNotFoundError("not now")))
+    with pytest.raises(LocalEntryNotFoundError):
+        weights.hub._fetch_first("org/tiny", "main", "tokenizer.json", "vocab.txt")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", Mock(side_effect=EntryNotFoundError("not there")))
+    assert weights.hub._fetch_first("org/tiny", "main", "tokenizer.json", "vocab.txt") is None
 
 
 def test_a_full_disk_is_not_called_a_network(hub: Hub, shell: Shell, published: Path) -> None:
@@ -383,7 +415,7 @@ def test_what_transformers_fetched_lacks_the_pooling(hub: Hub, shell: Shell, pub
     assert offline.stdout == "mean False\n"
     online = shell.run("-c", code)
     assert (online.stdout, online.stderr) == ("cls True\n", "")
-    assert "modules.json" in hub.downloads()
+    assert hub.downloads()[-1] == "modules.json"  # without which nobody looks for the others
     again = shell.run("-c", code, HF_HUB_OFFLINE="1")
     assert (again.stdout, again.stderr) == ("cls True\n", "")
 
