@@ -72,6 +72,12 @@ def test_other_columns_can_hold_anything(tmp_path: Path) -> None:
     assert (example.text, example.labels) == ("a", {"type": "x"})
 
 
+def test_columns_that_only_some_rows_have(tmp_path: Path) -> None:
+    rows = '{"text": "a", "kind": "x"}\n{"text": "b", "split": "test"}\n{"text": "c"}\n'
+    examples = read_examples(write(tmp_path / "a.jsonl", rows), "text", {"type": "kind"}, split="split")
+    assert [(e.labels, e.split) for e in examples] == [({"type": "x"}, ""), ({}, "test"), ({}, "")]
+
+
 def test_rows_marked_for_another_set_are_not_used(tmp_path: Path) -> None:
     rows = [f"text {i},{'xy'[i % 2]},{['train', 'validation', 'test', ''][i % 4]}\n" for i in range(8)]
     path = write(tmp_path / "a.csv", "".join(["text,kind,split\n", *rows]))
@@ -120,7 +126,9 @@ def test_a_file_that_may_be_for_one_task(tmp_path: Path) -> None:
         UserWarning, match=r"--validation .*c.csv: a and b both take their labels from its column"
     ):
         read_sets(read_options([*options, "--validation", str(c)]))
-    read_sets(read_options([*options, "--validation", f"b={c}"]))
+    sets, _ = read_sets(read_options([*options, "--validation", f"b={c}"]))
+    sources = {example.text: example.source for example in sets["train"]}
+    assert sources == {"one": 0, "two": 0, "three": 1, "four": 1}
 
 
 def test_many_labels_in_a_line(minilm: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,6 +223,8 @@ def test_quotes_are_part_of_a_tsv(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"a\.TSV, line 3: the quotes around the text belong to it"):
         examples = read_examples(path, "text", {"type": "kind"})
     assert examples[1].text == '"He said ""no"""'
+    alone = write(tmp_path / "b.tsv", 'text\tkind\n"\tx\n')  # which is no pair
+    assert [e.text for e in read_examples(alone, "text", {"type": "kind"})] == ['"']
     csv = write(tmp_path / "a.csv", 'text,kind\n"He said ""no""",x\n"""No""",x\n')
     assert [e.text for e in read_examples(csv, "text", {"type": "kind"})] == ['He said "no"', '"No"']
 
@@ -231,6 +241,8 @@ def test_labels_come_from_training(minilm: Path) -> None:
     train = [Example("a", {"t": "y"}), Example("b", {"t": "x"}), Example("c", {})]
     names = label_names(train, ["t"])
     assert names == {"t": ("x", "y")}
+    numbers = [Example("a", {"t": number}) for number in ("10", "-2", "0", "-11", "9")]
+    assert label_names(numbers, ["t"]) == {"t": ("-11", "-2", "0", "9", "10")}
     dataset = SentenceDataset(train, Tokenizer.from_pretrained(minilm), names)
     assert dataset.labels["t"].tolist() == [1, 0, MISSING]
     with pytest.raises(DataError, match=r"dev\.csv, line 7: t is 'z', the known labels are x, y"):

@@ -525,6 +525,8 @@ def test_the_mean_is_over_the_labels_present(seed: int, missing: float) -> None:
 def test_a_full_batch_gives_pytorchs_own_bits() -> None:
     logits, labels = random_batch(0, 0.0)
     total, _ = MultiTaskLoss(["a", "b"])(logits, labels)
+    bytes_of = {task: classes.to(torch.uint8) for task, classes in labels.items()}
+    assert torch.equal(MultiTaskLoss(["a", "b"])(logits, bytes_of)[0], total)
     assert torch.equal(
         total, F.cross_entropy(logits["a"], labels["a"]) + F.cross_entropy(logits["b"], labels["b"])
     )
@@ -601,6 +603,8 @@ def test_labels_that_are_none() -> None:
     classes = logits["a"].shape[1]
     with pytest.raises(ValueError, match=rf"a: labels \(13, 1\) and logits \(13, {classes}\) must be \(B,\)"):
         MultiTaskLoss(["a", "b"])(logits, {**labels, "a": labels["a"][:, None]})
+    with pytest.raises(ValueError, match=rf"and logits \(13, {classes}, 1\) must be \(B,\) and \(B, classes\)"):
+        MultiTaskLoss(["a", "b"])({**logits, "a": logits["a"][..., None]}, labels)
     labels["a"][3] = classes
     with pytest.raises(ValueError, match=f"labels of a: one is neither from 0 to {classes - 1} nor MISSING"):
         MultiTaskLoss(["a", "b"])(logits, labels)
