@@ -121,6 +121,15 @@ def test_bf16(main: Main) -> None:
     for x, y in zip(steps(plain), steps(half), strict=True):
         assert x["losses"] != y["losses"]
         assert x["losses"] == pytest.approx(y["losses"], abs=0.1)
+    evaluated = plain.with_name("evaluated")  # the same model
+    command = f"--model {plain / 'best'} --data dummy --eval-only --bf16 --output {evaluated}"
+    assert train.main(command.split()) == 0
+    ours, reference = (
+        json.loads((run / "report.json").read_text())["validation"]["type"]["loss"]
+        for run in (evaluated, plain)
+    )
+    assert ours != reference
+    assert ours == pytest.approx(reference, abs=0.01)
 
 
 def test_batch_tokens(main: Main) -> None:

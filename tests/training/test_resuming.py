@@ -279,6 +279,23 @@ def test_a_run_has_one_process(main: Main, tmp_path: Path, capsys: pytest.Captur
     assert not list(tmp_path.glob("*/*.lock"))
 
 
+def test_the_best_is_there_before_last_says_so(
+    main: Main, tmp_path: Path, whole_run: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = RunDirectory.save
+
+    def killed(*arguments: Any) -> None:
+        save(*arguments)
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "save", killed)
+        with pytest.raises(SystemExit):
+            main("part")
+    assert train.main(f"--output {tmp_path / 'part'} --resume".split()) == 0
+    assert_same_run(whole_run(""), tmp_path / "part")
+
+
 def test_an_epoch_is_saved_before_it_is_printed(
     main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,6 +323,20 @@ def test_a_second_signal_acts_at_once_and_later_ones_as_before(capfd: pytest.Cap
             signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert "stopping once all is saved" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_signal_counts_where_nobody_can_be_told(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], rank: str
+) -> None:
+    """Standard error is gone, or another process says it."""
+    monkeypatch.setenv("RANK", rank)
+    with catching_interrupts() as caught, monkeypatch.context() as patch:
+        if rank == "0":
+            patch.setattr(os, "write", Mock(side_effect=BrokenPipeError))
+        signal.raise_signal(signal.SIGTERM)
+    assert caught == [signal.SIGTERM]
+    assert capfd.readouterr().err == ""
 
 
 def test_an_ignored_signal_stays_ignored() -> None:

@@ -5,14 +5,19 @@ import json
 import re
 import shutil
 import warnings
+from collections import Counter
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import train
 from heads import MLPHead, MultiTaskModel
+from heads.metrics import TaskMetrics
 from heads.options import Options, read_options
+from heads.report import draw
 from heads.sets import read_sets
 from heads.tables import Example
 from minibert import BertModel, Tokenizer
@@ -67,6 +72,8 @@ def test_what_a_run_leaves(main: Main, tmp_path: Path) -> None:
     report = json.loads((run / "report.json").read_text())
     scores = {r["step"]: sum(t["accuracy"] for t in r["validation"].values()) for r in epochs(run)}
     best = next(r for r in epochs(run) if scores[r["step"]] == max(scores.values()))
+    held_out = read_sets(read_options(["--config", str(run / "config.json")]))[0]["validation"]
+    text = (run / "report.md").read_text()
     for task in ("type", "sentiment"):
         reported = report["validation"][task]
         assert reported.keys() == {"loss", "accuracy", "macro_f1", "confusion"}
@@ -74,9 +81,16 @@ def test_what_a_run_leaves(main: Main, tmp_path: Path) -> None:
         assert sum(cell["count"] for cell in cells) == 40
         right = sum(cell["count"] for cell in cells if cell["true"] == cell["predicted"])
         assert right / 40 == reported["accuracy"]
+        assert Counter(example.labels[task] for example in held_out) == {
+            name: sum(cell["count"] for cell in cells if cell["true"] == name)
+            for name in {cell["true"] for cell in cells}
+        }
+        for true in (names := sorted({example.labels[task] for example in held_out})):
+            counts = {cell["predicted"]: str(cell["count"]) for cell in cells if cell["true"] == true}
+            assert f"| {true} | {' | '.join(counts.get(name, '0') for name in names)} |" in text
         for metric, value in reported.items():
             assert value == pytest.approx(best["validation"][task][metric], rel=1e-5)
-    text = (run / "report.md").read_text()
+    assert text.count("- from epoch") == 1  # nothing was unfrozen
     for r in epochs(run):
         learned, held = r["train"]["type"], r["validation"]["type"]
         numbers = [f"{learned['loss']:.3f}", f"{learned['accuracy']:.1%}"]
@@ -104,6 +118,35 @@ def test_the_plots(main: Main) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in run.glob("*.png"))
     assert "![curves-type.png](curves-type.png)" in (run / "report.md").read_text()
     assert "- from epoch 2: layers.2, heads.type, heads.sentiment" in (run / "report.md").read_text()
+
+
+def test_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    figures: list[Any] = []
+
+    def canvas(figure: Any) -> Mock:
+        figures.append(figure)
+        return Mock()
+
+    monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg", canvas)
+    scores = {"t": {"loss": 0.5, "accuracy": 0.25}}
+    records = [
+        {"step": step, "trained": trained, "train": scores, "validation": scores}
+        for step, trained in ((5, ["heads.t"]), (11, ["heads.t"]), (17, ["layers.0", "heads.t"]))
+    ]
+    confusion = [[7, 0, 1], [2, 0, 3], [0, 4, 9]]
+    results = {"validation": {"t": TaskMetrics(0.5, 0.25, 0.25, confusion)}}
+    draw(records, results, {"t": ("x", "y", "z")})
+    curves, matrix = figures
+    for axes in curves.axes:
+        assert [list(line.get_xdata()) for line in axes.lines] == [[5, 11, 17], [5, 11, 17], [11, 11]]
+    (axes,) = matrix.axes
+    assert axes.images[0].get_array().tolist() == confusion
+    assert {text.get_position(): (text.get_text(), text.get_color()) for text in axes.texts} == {
+        (column, row): (str(count), "white" if count > 4 else "black")
+        for row, counts in enumerate(confusion)
+        for column, count in enumerate(counts)
+    }
 
 
 @pytest.mark.filterwarnings("default:nothing was drawn")
@@ -224,11 +267,15 @@ def test_a_new_head_that_is_frozen(main: Main, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.plots
-def test_eval_only(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_only(
+    main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = main("run")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     command = f"--model {run / 'best'} --data dummy --eval-only --output {tmp_path / 'evaluated'}"
-    assert train.main(command.split()) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: Mock(free=100))  # enough: no checkpoints are written
+        assert train.main(command.split()) == 0
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     report = json.loads((tmp_path / "evaluated" / "report.json").read_text())
     assert report == json.loads((run / "report.json").read_text())
@@ -247,6 +294,8 @@ def test_eval_only(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str
         warnings.simplefilter("default")
         assert train.main(f"--model {run / 'best'} --eval-only --test {nothing} --task type=l".split()) == 0
     assert "no sentence has a label for type: nothing to evaluate" in capsys.readouterr().err
+    files = f"--validation {nothing} --test {test}"  # one of which has
+    assert train.main(f"--model {run / 'best'} --eval-only {files} --task type=l".split()) == 0
     assert train.main(f"--eval-only --test {test} --task type=l".split()) == 2
     assert "--eval-only needs --model DIR, such as best/ of a run" in capsys.readouterr().err
 
