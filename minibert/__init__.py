@@ -3,8 +3,9 @@
 The encoder, to be read in this order   embeddings.py  attention.py  layers.py  model.py
 what it is built from and refuses       config.py  inputs.py  meta_device.py
 text -> token ids                       tokenizer.py  tokenizer_files.py
-sentences -> vectors                    sentence_encoder.py  pooling.py  sentence_transformers_files.py
-training                                freezing.py  modes.py  fast_dropout.py
+sentences -> vectors                    sentence_encoder.py  pooling.py  modes.py
+    saved as by sentence-transformers   sentence_transformers_files.py
+training                                freezing.py  fast_dropout.py
 
 how that is made fast                   packing.py  fused_layers.py  fast_inference.py
     its attention, products, memory     fast_attention.py  onednn.py  amx.py  memory.py
