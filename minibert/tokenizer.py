@@ -188,6 +188,8 @@ class Tokenizer:
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `files()` beside a model's config.json, without which nothing loads them.
 
+        (Where there is a sentence_bert_config.json, too, its limit counts for more.)
+
         Raises:
             CheckpointError, ValueError: the directory cannot be written, or names none.
         """
