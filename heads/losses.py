@@ -1,6 +1,8 @@
 """One loss for several tasks."""
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +38,7 @@ class MultiTaskLoss(nn.Module):
         for name, weight in weights.items():
             if name not in names:
                 raise ValueError(f"a loss weight is given for {name!r}, the tasks are: {', '.join(names)}")
-            if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+            if not 0 <= _number(weight) < math.inf:
                 raise ValueError(f"the loss weight of {name} is {weight}, it must be 0 or a positive number")
         if weights and uncertainty:
             raise ValueError("loss weights are given and also to be learned: choose one")
@@ -95,3 +97,11 @@ class MultiTaskLoss(nn.Module):
                 s = self.log_variance[i]
                 total = total + torch.exp(-s) * losses[name] + (s / 2 if count else 0 * s)
         return total, losses
+
+
+def _number(value: Any) -> float:
+    """nan for what is none, such as a tensor of weights for each class."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan

@@ -86,6 +86,8 @@ class FreezePlan:
     layer_lr_decay: float = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.spec, str):
+            raise ValueError(f"spec is {self.spec!r}, give one of {STRATEGIES}")
         terms = self._terms()
         known = GROUP if self._is_only() else STRATEGY
         for term in terms:

@@ -359,6 +359,7 @@ def test_summary(model: MultiTaskModel) -> None:
     ("spec", "message"),
     [
         ("", "no freezing strategy ''"),
+        (None, "spec is None, give one of none, all, backbone"),
         ("backbones", "no freezing strategy 'backbones' (in 'backbones'): give one of none, all, backbone"),
         ("layers:-1", "no freezing strategy 'layers:-1'"),
         ("layers", "no freezing strategy 'layers'"),
@@ -377,7 +378,7 @@ def test_summary(model: MultiTaskModel) -> None:
         ("only:layers.2-1", "'layers.2-1': the model has layers.0 to layers.2, and a range goes up"),
     ],
 )
-def test_a_plan_that_cannot_be(model: MultiTaskModel, spec: str, message: str) -> None:
+def test_a_plan_that_cannot_be(model: MultiTaskModel, spec: Any, message: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         FreezePlan.parse(spec).apply(model)
     assert message in str(caught.value)

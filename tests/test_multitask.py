@@ -632,7 +632,7 @@ def test_uncertainty_is_kendalls_formula() -> None:
         ({"weights": {"c": 1.0}}, "a loss weight is given for 'c', the tasks are: a, b"),
         ({"weights": {"a": -1.0}}, "the loss weight of a is -1.0"),
         ({"weights": {"a": math.nan}}, "the loss weight of a is nan"),
-        ({"weights": {"a": "2"}}, "the loss weight of a is 2, it must be 0 or a positive number"),
+        ({"weights": {"a": None}}, "the loss weight of a is None, it must be 0 or a positive number"),
         ({"weights": {"a": torch.ones(3)}}, "the loss weight of a is tensor"),
         ({"weights": {"a": 2.0}, "uncertainty": True}, "choose one"),
     ],
@@ -640,6 +640,7 @@ def test_uncertainty_is_kendalls_formula() -> None:
 def test_weights_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MultiTaskLoss(["a", "b"], **arguments)
+    assert MultiTaskLoss(["a", "b"], weights={"a": np.float32(0.5)}).weights == {"a": 0.5, "b": 1.0}  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize("tasks", [[], "type", ["a", "b", "a"]])
