@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minibert.inputs import full_name
+
 MISSING = -100  # the label of an example that has none for a task
 
 
@@ -33,8 +35,7 @@ class MultiTaskLoss(nn.Module):
         names = [] if isinstance(tasks, str) else list(tasks)
         if not names or len(set(names)) < len(names):
             raise ValueError(f"tasks is {tasks!r}, it must be a list of different names, one or more")
-        if not isinstance(weights, Mapping):
-            raise TypeError(f"weights must be a dict, task -> factor, not a {type(weights).__name__}")
+        check_dict("weights", weights)
         for name, weight in weights.items():
             if name not in names:
                 raise ValueError(f"a loss weight is given for {name!r}, the tasks are: {', '.join(names)}")
@@ -67,16 +68,14 @@ class MultiTaskLoss(nn.Module):
         """
         given = {"logits": logits, "labels": labels, "counts": self.weights if counts is None else counts}
         for kind, tensors in given.items():
-            if not isinstance(tensors, Mapping):
-                hint = ": give its .logits" * hasattr(tensors, "logits")
-                raise TypeError(f"{kind} must be a dict, task -> value, not a {type(tensors).__name__}{hint}")
+            check_dict(kind, tensors)
             if missing := self.weights.keys() - tensors.keys():
                 raise ValueError(f"there are no {kind} for {min(missing)} (an unknown label is {MISSING})")
         integers = (torch.int64, torch.uint8)  # that cross_entropy takes
         if wrong := [name for name in self.weights if getattr(labels[name], "dtype", None) not in integers]:
             raise TypeError(f"labels of {wrong[0]} must be a tensor of class indices, int64")
         if wrong := [name for name in self.weights if not isinstance(logits[name], Tensor)]:
-            raise TypeError(f"logits of {wrong[0]} must be a tensor, not a {type(logits[wrong[0]]).__name__}")
+            raise TypeError(f"logits of {wrong[0]} must be a tensor, not a {full_name(logits[wrong[0]])}")
         for name in self.weights:
             ours, theirs = tuple(labels[name].shape), tuple(logits[name].shape)
             if len(theirs) != 2 or ours != theirs[:1]:
@@ -97,6 +96,13 @@ class MultiTaskLoss(nn.Module):
                 s = self.log_variance[i]
                 total = total + torch.exp(-s) * losses[name] + (s / 2 if count else 0 * s)
         return total, losses
+
+
+def check_dict(name: str, given: object) -> None:
+    """Raises TypeError unless it is a dict, with something for each task."""
+    if not isinstance(given, Mapping):
+        hint = ": give its .logits" * hasattr(given, "logits")
+        raise TypeError(f"{name} must be a dict, task -> value, not a {full_name(given)}{hint}")
 
 
 def _number(value: Any) -> float:

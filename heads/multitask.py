@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
+from heads.losses import check_dict
 from heads.mlp import MLPHead
 from minibert import BertModel, SentenceEncoder, Tokenizer, mean_pooling
 from minibert.freezing import keep_frozen_in_eval
@@ -84,8 +85,8 @@ class MultiTaskModel(nn.Module):
         if tokenizer is not None:
             check_tokenizer(tokenizer)
         labels = labels or {}
-        _check_dict("heads", heads)
-        _check_dict("labels", labels)
+        check_dict("heads", heads)
+        check_dict("labels", labels)
         if unknown := sorted(labels.keys() - heads.keys()):
             raise ValueError(f"labels are given for {unknown[0]!r}, the heads are: {', '.join(heads)}")
         for name, head in heads.items():
@@ -135,17 +136,19 @@ class MultiTaskModel(nn.Module):
         check_batch_size(batch_size)
         texts = as_list(sentences)
         logits = self._logits_of(texts, batch_size, self.tokenizer) if texts else {}
+        best = {}
         for name, scores in logits.items():
             if scores.dim() != 2:
                 raise ValueError(
                     f"head {name!r} gives {tuple(scores.shape)}, for `predict` it must be (B, classes)"
                 )
-            if broken := scores.softmax(-1).isnan().any(1).nonzero().flatten().tolist():
+            probabilities = scores.softmax(-1)  # (n, classes)
+            if broken := probabilities.isnan().any(1).nonzero().flatten().tolist():
                 raise ValueError(
                     f"head {name!r} gives nan for text {broken[0]}: a weight is not finite, or so large that a "
                     "sum is not"
                 )
-        best = {name: scores.softmax(-1).max(-1) for name, scores in logits.items()}
+            best[name] = probabilities.max(-1)
         return [
             {
                 name: {"label": self.label(name, int(indices[row])), "probability": float(values[row])}
@@ -235,7 +238,7 @@ class MultiTaskModel(nn.Module):
         has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
         tokenizer = Tokenizer.from_pretrained(directory) if has_tokenizer else None
         given = heads or {}
-        _check_dict("heads", given)
+        check_dict("heads", given)
         if unknown := sorted(given.keys() - settings.keys()):
             raise ValueError(f"{directory} has no head {unknown[0]!r}, it has: {', '.join(settings)}")
         try:
@@ -258,11 +261,6 @@ class MultiTaskModel(nn.Module):
                 f"{directory / TENSORS} does not fit {HEADS}: {' '.join(str(error).split())}"
             ) from error
         return model.eval()
-
-
-def _check_dict(name: str, given: object) -> None:
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{name} is a {full_name(given)}, it must be a dict, task -> each")
 
 
 def _check_head(name: str, head: nn.Module, hidden_size: int, labels: Sequence[str] | None) -> None:

@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
     conversion = commands.add_parser("convert", help="pytorch_model.bin -> a directory with safetensors")
     conversion.add_argument("model", metavar="MODEL", help="a directory or name whose weights are a .bin file")
-    conversion.add_argument("directory", type=Path, metavar="NEW_DIRECTORY", help="where to write the result")
+    conversion.add_argument("directory", metavar="NEW_DIRECTORY", help="where to write the result")
     conversion.set_defaults(run=_convert)
 
     checking = commands.add_parser("parity", help="compare with transformers, bit by bit (needs transformers)")

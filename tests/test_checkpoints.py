@@ -432,6 +432,8 @@ def test_no_directory_to_save_into(
         ValueError, match=f"directory is {directory!r}, it must be the path of one to save into"
     ):
         BertModel.from_pretrained(tiny).save_pretrained(directory)
+    with pytest.raises(ValueError, match="directory is "):  # before anything is read
+        convert(tmp_path / "nowhere", directory)
 
 
 def test_everything_wrong_is_in_one_error(copy: Path) -> None:

@@ -653,18 +653,18 @@ def test_tasks_that_cannot_be(tasks: Any) -> None:
 def test_lists_in_place_of_dicts_and_tensors(small: Path) -> None:
     encoder, head = BertModel.from_pretrained(small), MLPHead(36, 13, 3)
     for arguments, message in [
-        ((encoder, head), "heads is a heads.MLPHead, it must be a dict, task -> each"),
-        ((encoder, [head]), "heads is a list, it must be a dict"),
+        ((encoder, head), "heads must be a dict, task -> value, not a heads.MLPHead"),
+        ((encoder, [head]), "heads must be a dict, task -> value, not a list"),
         ((BertConfig(), {"type": head}), "encoder is a minibert.BertConfig, it must be a minibert.BertModel"),
     ]:
         with pytest.raises(TypeError, match=message):
             MultiTaskModel(*arguments)  # type: ignore[arg-type]
     model = MultiTaskModel(encoder, {"type": head})
-    with pytest.raises(TypeError, match="labels is a list, it must be a dict"):
+    with pytest.raises(TypeError, match="labels must be a dict, task -> value, not a list"):
         MultiTaskModel(encoder, {"type": head}, labels=["a", "b", "c"])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"embeddings is a numpy.ndarray, it .*: encode gives one with convert"):
         model.classify(np.zeros((2, 36), np.float32))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="weights must be a dict, task -> factor, not a list"):
+    with pytest.raises(TypeError, match="weights must be a dict, task -> value, not a list"):
         MultiTaskLoss(["a"], weights=[1.0])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="logits of a must be a tensor, not a list"):
         MultiTaskLoss(["a"])({"a": [[0.1, 0.2]]}, {"a": torch.tensor([1])})
@@ -672,9 +672,9 @@ def test_lists_in_place_of_dicts_and_tensors(small: Path) -> None:
 
 def test_an_output_in_place_of_its_logits(small: Path) -> None:
     output = build(small)(torch.tensor([[2, 5, 3]]))
-    with pytest.raises(TypeError, match="not a MultiTaskOutput: give its"):
+    with pytest.raises(TypeError, match=r"not a heads.MultiTaskOutput: give its"):
         MultiTaskLoss(["type"])(output, {"type": torch.tensor([0])})
-    with pytest.raises(TypeError, match="labels must be a dict, task -> value, not a Tensor"):
+    with pytest.raises(TypeError, match=r"labels must be a dict, task -> value, not a torch.Tensor"):
         MultiTaskLoss(["type"])(output.logits, torch.tensor([0]))
 
 

@@ -93,21 +93,21 @@ def with_our_names(
     Where the encoder's keys all have its family's prefix, what has another is not the encoder's: a head, say.
     """
     family = FAMILIES[config["model_type"]]
-    known = [key for key in published_tensors if family.to_ours(key)]
+    names = {key: family.to_ours(key) for key in published_tensors if not is_ignored(key)}
+    known = [key for key, ours in names.items() if ours]
     inside = family.prefix if known and all(key.startswith(family.prefix) for key in known) else ""
     tensors: dict[str, Tensor] = {}
     published: dict[str, str] = {}
     problems: dict[str, list[str]] = {"unknown": [], "doubled": []}
-    for key, tensor in published_tensors.items():
-        if is_ignored(key) or not key.startswith(inside):
+    for key, ours in names.items():
+        if not key.startswith(inside):
             continue
-        ours = family.to_ours(key)
         if ours is None:
             problems["unknown"].append(key)
         elif ours in tensors:
             problems["doubled"].append(f"{key} (also as {published[ours]})")
         else:
-            tensors[ours], published[ours] = tensor, key
+            tensors[ours], published[ours] = published_tensors[key], key
     return Checkpoint(directory, config, tensors, published, problems)
 
 

@@ -22,7 +22,9 @@ def convert(name_or_path: str | Path, directory: str | Path) -> None:
         ModelNotFoundError: no such model on disk or on the hub.
         CheckpointError: no BERT or DistilBERT; there is no pytorch_model.bin, it is damaged, or it holds
             more than tensors, or tensors that an encoder does not have.
+        ValueError: `directory` names none.
     """
+    directory = as_directory(directory)
     source = resolve(name_or_path)
     config = read_config(source)
     path = source / PICKLE
@@ -53,4 +55,4 @@ def convert(name_or_path: str | Path, directory: str | Path) -> None:
     # None: of another model, that was here before
     paths = {name: source / name for name in SMALL_FILES}
     others = {name: path.read_bytes() if path.is_file() else None for name, path in paths.items()}
-    write_directory(as_directory(directory), {SINGLE: tensors, "config.json": to_json(settings), **others})
+    write_directory(directory, {SINGLE: tensors, "config.json": to_json(settings), **others})

@@ -128,7 +128,7 @@ def _what_it_is(path: Path) -> str:
 
 
 def as_directory(directory: str | Path) -> Path:
-    """Raises ValueError for what names no directory: None, or an empty string (a variable that is not set)."""
+    """As a path. Raises ValueError for what names none: None, or "" (of a variable that is not set)."""
     if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
         raise ValueError(f"directory is {directory!r:.40}, it must be the path of one to save into")
     return Path(directory)
