@@ -247,7 +247,7 @@ def test_parity_of_an_old_model_of_one_position(capsys: pytest.CaptureFixture[st
 
 
 def test_what_cannot_be_loaded_is_not_said_to_be_converted(
-    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old/config.json").write_bytes((tiny / "config.json").read_bytes())
@@ -260,6 +260,9 @@ def test_what_cannot_be_loaded_is_not_said_to_be_converted(
     torch.save(tensors, tmp_path / "old/pytorch_model.bin")
     assert main(["convert", old, new]) == 2
     assert "the weights do not fit: missing encoder.layer.1.output.dense.weight" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", old, ""]) == 2  # a variable that is not set is not the working directory
+    assert "directory is '', it must be the path of one to save into" in capsys.readouterr().err
 
 
 def test_console_script_and_help() -> None:
