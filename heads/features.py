@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from heads.data import SentenceDataset
-from heads.multitask import MultiTaskModel, MultiTaskOutput
+from heads.multitask import BATCH_SIZE, MultiTaskModel, MultiTaskOutput
 from minibert import BertModel, mean_pooling
 from minibert.fast_inference import FastModel, run_texts
 from minibert.fused_layers import is_untouched
@@ -80,7 +80,7 @@ def _padded(
 ) -> Iterator[dict[int, Tensor]]:
     device = model.encoder.device
     rest = sorted(set(range(len(dataset))).difference(*batches), key=lambda i: len(dataset.ids[i]))
-    for batch in [*batches, *(rest[i : i + 32] for i in range(0, len(rest), 32))]:
+    for batch in [*batches, *(rest[i : i + BATCH_SIZE] for i in range(0, len(rest), BATCH_SIZE))]:
         inputs = dataset.collate(batch)
         hidden = lower(model, inputs["input_ids"].to(device), inputs["attention_mask"].to(device), depth)
         rows = zip(batch, hidden.cpu(), strict=True)

@@ -16,10 +16,10 @@ from heads.mlp import MLPHead
 from minibert import BertModel, SentenceEncoder, Tokenizer, mean_pooling
 from minibert.freezing import keep_frozen_in_eval
 from minibert.inputs import full_name
-from minibert.model import bert_inside, uncompiled
 from minibert.modes import evaluating
 from minibert.sentence_encoder import check_batch_size, has_plain_forward
 from minibert.tokenizer import as_list, check_tokenizer
+from minibert.wrapped import bert_inside, uncompiled
 from weights import CheckpointError, resolve
 from weights.checkpoint import HEADS
 from weights.hub import TOKENIZER_FILES
@@ -75,7 +75,7 @@ class MultiTaskModel(nn.Module):
         encoder: BertModel,
         heads: Mapping[str, nn.Module],
         *,
-        labels: Mapping[str, Sequence[str]] | None = None,
+        labels: Mapping[str, Sequence[str] | None] | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class MultiTaskModel(nn.Module):
         self.encoder = encoder
         self.heads = Heads(heads)
         numbers = {n: tuple(map(str, range(h.out.out_features))) for n, h in heads.items() if _is_plain(h)}
-        self.labels = numbers | {task: tuple(names) for task, names in labels.items()}
+        self.labels = numbers | {task: tuple(names) for task, names in labels.items() if names is not None}
         self.tokenizer = tokenizer
 
     def forward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ class Options:
             raise ValueError(
                 f"--validation-fraction is {self.validation_fraction}, it must lie between 0 and 1"
             )
-        if self.metric.rpartition(".")[2] not in ("loss", "accuracy", "macro_f1"):
+        if not re.fullmatch(r"(.+\.)?(loss|accuracy|macro_f1)", self.metric):
             raise ValueError(f"--metric is {self.metric!r}, it must be [TASK.]loss, accuracy or macro_f1")
         output = Path(self.output or ".")
         for path in (output, *output.parents):

@@ -3,7 +3,7 @@
 The encoder, to be read in this order   embeddings.py  attention.py  layers.py  model.py
 what it is built from and refuses       config.py  inputs.py  meta_device.py
 text -> token ids                       tokenizer.py  tokenizer_files.py
-sentences -> vectors                    sentence_encoder.py  pooling.py  modes.py
+sentences -> vectors                    sentence_encoder.py  pooling.py  modes.py  wrapped.py
     saved as by sentence-transformers   sentence_transformers_files.py
 training                                freezing.py  fast_dropout.py
 

@@ -22,8 +22,9 @@ from minibert.config import BertConfig
 from minibert.fast_attention import varlen_attention
 from minibert.fused_layers import FusedEmbeddings, FusedLayer, is_untouched
 from minibert.memory import keep_freed_memory, release_memory
-from minibert.model import BertModel, uncompiled
+from minibert.model import BertModel
 from minibert.packing import PackedBatch, Packing
+from minibert.wrapped import uncompiled
 
 # Per batch, at most: tokens, and numbers (tokens * H), which on a CPU fit its caches. See docs/performance.md.
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 65536}

@@ -17,7 +17,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import nn
 
-from minibert.model import BertModel, uncompiled
+from minibert.model import BertModel
+from minibert.wrapped import uncompiled
 
 STRATEGIES = "none, all, backbone, head:NAME, layers:K, gradual, gradual:EPOCHS, only:GROUPS"
 GROUPS = "embeddings, layers, layers.I, layers.I-J, heads, heads.NAME"

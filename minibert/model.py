@@ -11,7 +11,7 @@ from torch.utils._pytree import _register_namedtuple
 from minibert.attention import ATTENTION_FUNCTIONS, expand_mask
 from minibert.config import BertConfig
 from minibert.embeddings import Embeddings
-from minibert.inputs import check_config, check_dtype, check_inputs, full_name, states_and_weights
+from minibert.inputs import check_config, check_dtype, check_inputs, states_and_weights
 from minibert.layers import EncoderLayer, Pooler
 from minibert.meta_device import without_numbers
 from minibert.packing import PaddedBatch
@@ -201,6 +201,7 @@ class BertModel(nn.Module):
 
         Raises:
             CheckpointError: the directory cannot be written, or holds the heads of a MultiTaskModel.
+            TypeError: another file is neither bytes nor tensors.
             ValueError: parameters that a BERT with this `config` does not have, or has in another shape.
         """
         layers, configured = len(self.layers), self.config.num_hidden_layers
@@ -227,23 +228,3 @@ class BertModel(nn.Module):
                 nn.init.zeros_(module.bias)
             elif module.padding_idx is not None:
                 nn.init.zeros_(module.weight[module.padding_idx].detach())
-
-
-def uncompiled(model: Any) -> Any:
-    """What torch.compile wrapped; anything else as it is."""
-    return getattr(model, "_orig_mod", model)
-
-
-def bert_inside(model: nn.Module) -> BertModel:
-    """The encoder that torch.compile may have wrapped.
-
-    Raises:
-        ValueError: something else is around it, which could not be saved with it.
-    """
-    inside = uncompiled(model)
-    if not isinstance(inside, BertModel):
-        raise ValueError(
-            f"a {full_name(inside)} cannot be saved, only a minibert.BertModel: put the one inside it in its "
-            "place"
-        )
-    return inside

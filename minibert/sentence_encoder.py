@@ -21,13 +21,14 @@ from minibert.fast_attention import has_varlen
 from minibert.fast_inference import FastModel, fast_copy, in_batches, run_texts, token_budget
 from minibert.fused_layers import has_hook
 from minibert.inputs import check_dtype, full_name
-from minibert.model import BertModel, bert_inside
+from minibert.model import BertModel
 from minibert.modes import evaluating
 from minibert.onednn import onednn_products
 from minibert.packing import Packing, send, sum_by_halves
 from minibert.pooling import cls_pooling, mean_pooling
 from minibert.sentence_transformers_files import module_files, read_modules
 from minibert.tokenizer import Tokenizer, as_iterable, check_tokenizer
+from minibert.wrapped import bert_inside
 from weights import resolve
 from weights.hub import SMALL_FILES
 
@@ -351,7 +352,7 @@ class SentenceEncoder(nn.Module):
         `other_files` (name -> bytes, or tensors as safetensors) are written with them.
 
         Raises:
-            CheckpointError, ValueError: as `BertModel.save_pretrained`.
+            CheckpointError, TypeError, ValueError: as `BertModel.save_pretrained`.
             ValueError: parameters beside the model's, and no `other_files` to hold them.
         """
         beside = [name for name in self.state_dict() if not name.startswith("model.")]

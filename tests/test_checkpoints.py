@@ -336,6 +336,13 @@ def test_a_file_in_the_place_of_a_folder_that_is_to_be_empty_is_left(copy: Path)
     assert (copy / "1_Pooling").read_text() == "mine"
 
 
+def test_a_file_that_is_neither_bytes_nor_tensors(copy: Path) -> None:
+    before = sorted(copy.rglob("*"))
+    with pytest.raises(TypeError, match=r"notes.txt is str, it must be bytes, or tensors by name"):
+        BertModel.from_pretrained(copy).save_pretrained(copy, {"notes.txt": "text"})  # type: ignore[dict-item]
+    assert sorted(copy.rglob("*")) == before
+
+
 def misfits() -> list[Callable[[Any], None]]:
     def larger_vocabulary(model: Any) -> None:
         model.embeddings.word = nn.Embedding(98, 36)

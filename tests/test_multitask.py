@@ -381,7 +381,9 @@ def test_an_attention_that_is_none_is_no_fault_of_the_files(small: Path, tmp_pat
 
 def test_a_head_of_ones_own(small: Path, tmp_path: Path) -> None:
     model = build(small, labels=None)
-    model = MultiTaskModel(model.encoder, {"line": nn.Linear(36, 4)}, tokenizer=model.tokenizer).eval()
+    labels = {"line": None}  # as good as none given
+    model = MultiTaskModel(model.encoder, {"line": nn.Linear(36, 4)}, labels=labels, tokenizer=model.tokenizer)
+    model.eval()
     assert model.predict("x")[0]["line"]["label"] in "0123"
     model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"head line is not an MLPHead: pass it as from_pretrained"):

@@ -145,12 +145,16 @@ def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Te
 
     Raises:
         CheckpointError: the destination cannot be written.
+        TypeError: neither bytes nor tensors.
     """
     directory = Path(os.path.realpath(directory))  # `..` and links have no place to rename to
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file: give a directory to save into")
     if taken := next((name for name in files if (directory / name).is_dir()), None):
         raise CheckpointError(f"{directory} cannot be written: its {taken} is a directory")
+    for name, content in files.items():
+        if not isinstance(content, bytes | Mapping | None):
+            raise TypeError(f"{name} is {type(content).__name__}, it must be bytes, or tensors by name")
     exists = directory.is_dir()
     try:
         place = directory if exists else directory.parent  # on the same file system in either case

@@ -31,6 +31,7 @@ from tests.training.conftest import Main, assert_same_run, table
         ("--warmup 2", "--warmup is 2.0, it must be from 0 to 1"),
         ("--validation-fraction 1", "--validation-fraction is 1.0, it must lie between 0 and 1"),
         ("--metric f1", "--metric is 'f1', it must be [TASK.]loss, accuracy or macro_f1"),
+        ("--metric .loss", "--metric is '.loss', it must be [TASK.]loss, accuracy or macro_f1"),
         ("--metric topic.loss", "--metric topic.loss: no task 'topic', there are: type, sentiment"),
         ("--loss-weight topic=1", "a loss weight is given for 'topic'"),
         ("--loss-weight type", "--loss-weight type: give NAME=X, each name once"),
