@@ -59,6 +59,8 @@ def read_tokenizer(directory: Path, settings: Mapping[str, Any]) -> tuple[tokeni
     Raises:
         CheckpointError: no such files, damaged ones, or another kind of tokenizer.
     """
+    import tokenizers
+
     kind = settings.get("tokenizer_class") or read_json(directory / "config.json").get("tokenizer_class")
     is_bert = kind in BERT_CLASSES
     if "added_tokens_decoder" not in settings:  # which makes the two older files superfluous
@@ -70,14 +72,14 @@ def read_tokenizer(directory: Path, settings: Mapping[str, Any]) -> tuple[tokeni
         backend = _from_tokenizer_json(path, settings)
         is_bert = is_bert and type(backend.model).__name__ == WORDPIECE["type"]
     elif is_bert:
-        backend = _from_vocabulary(path)
+        backend = tokenizers.Tokenizer(_from_vocabulary(path))
     else:
         raise CheckpointError(f"{directory} wants a {kind}, which is not supported without tokenizer.json")
     published = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     if is_bert:
-        if "added_tokens_decoder" in settings:  # which counts for more
+        if "added_tokens_decoder" in settings:  # which counts, and not what tokenizer.json adds
             published = {}
-        _make_bert(backend, path, settings)
+        backend = _bert_tokenizer(backend.model, path, settings)
         backend.add_tokens(list(published.values()))
     special_tokens = _add_tokens(backend, directory, settings, published.keys())
     backend.encode_special_tokens = settings.get("split_special_tokens", False)
@@ -105,21 +107,23 @@ def _from_tokenizer_json(path: Path, settings: Mapping[str, Any]) -> tokenizers.
     return backend
 
 
-def _from_vocabulary(path: Path) -> tokenizers.Tokenizer:
-    import tokenizers
+def _from_vocabulary(path: Path) -> tokenizers.models.WordPiece:
     from tokenizers import models
 
     try:
         vocabulary = models.WordPiece.read_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    return tokenizers.Tokenizer(models.WordPiece(vocabulary))
+    return models.WordPiece(vocabulary)
 
 
-def _make_bert(backend: tokenizers.Tokenizer, path: Path, settings: Mapping[str, Any]) -> None:
+def _bert_tokenizer(
+    model: tokenizers.models.WordPiece, path: Path, settings: Mapping[str, Any]
+) -> tokenizers.Tokenizer:
     """A BertTokenizer, of which only the vocabulary is given."""
-    from tokenizers import decoders, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
+    backend = Tokenizer(model)
     ids: dict[str, Any] = {token: backend.token_to_id(token) for token in ("[SEP]", "[PAD]", "[CLS]")}
     ids["[UNK]"] = backend.model.token_to_id("[UNK]")
     if missing := [token for token, number in ids.items() if number is None]:
@@ -138,6 +142,7 @@ def _make_bert(backend: tokenizers.Tokenizer, path: Path, settings: Mapping[str,
     backend.add_special_tokens(
         [t for name, t in SPECIAL_TOKENS.items() if _content(settings.get(name, t)) == t]
     )
+    return backend
 
 
 def _template(ids: Mapping[str, int]) -> tokenizers.processors.TemplateProcessing:
@@ -174,8 +179,9 @@ def _add_tokens(
         } | {
             int(number): AddedToken(token, special=token in contents, normalized=token not in contents)
             for token, number in older.items()
+            if token not in published
         }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{directory} has added tokens that cannot be read: {error}") from error
     backend.add_tokens([token for _, token in sorted(added.items())])
     for number, token in added.items():

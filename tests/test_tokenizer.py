@@ -152,19 +152,27 @@ def test_added_tokens_are_autotokenizers(
     [
         {"added_tokens_decoder": {}, "extra_special_tokens": ["foo"]},
         {"added_tokens_decoder": {"103": MASK}, "mask_token": "[MASK]"},
+        {"added_tokens_decoder": {"103": MASK}},
         {"mask_token": "[MASK]", "extra_special_tokens": ["foo"]},
+        {"tokenizer_class": "BertTokenizerFast"},
+        {"tokenizer_class": "PreTrainedTokenizerFast"},
     ],
 )
-def test_whose_added_tokens_count(minilm: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
-    """Of a token that tokenizer.json and tokenizer_config.json add in two ways."""
+@pytest.mark.parametrize("older", [{}, {"foo": 29379}])
+def test_whose_added_tokens_count(
+    minilm: Path, tmp_path: Path, settings: dict[str, Any], older: dict[str, int]
+) -> None:
+    """Of a token that tokenizer.json and the files beside it add in two ways."""
     directory = layout(minilm, tmp_path / "model", ["tokenizer.json"], **settings)
     parts = json.loads((directory / "tokenizer.json").read_text())
     parts["added_tokens"] = [
         token | {"normalized": token["content"] == "[MASK]"} for token in parts["added_tokens"]
     ]
     parts["added_tokens"].append(ADDED | {"id": 30522, "content": "foo", "single_word": True, "special": False})
+    parts["added_tokens"].append(ADDED | {"id": 30523, "content": "zzcov", "special": False})
     (directory / "tokenizer.json").write_text(json.dumps(parts))
-    texts = ["na\u00efve [MASK].", "a [mask] b[MASK]c", "foo xfoo"]
+    (directory / "added_tokens.json").write_text(json.dumps(older))
+    texts = ["na\u00efve [MASK].", "a [mask] b[MASK]c", "foo xfoo", "zzcovid"]
     expected = AutoTokenizer.from_pretrained(directory)(texts)["input_ids"]
     assert Tokenizer.from_pretrained(directory).token_ids(texts) == expected
 
