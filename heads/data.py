@@ -230,6 +230,10 @@ def _class_index(example: Example, task: str, names: Sequence[str]) -> int:
     if label is None:
         return MISSING
     if label not in names:
+        if alike := [name for name in names if normalized(name) == normalized(label)]:
+            raise DataError(
+                f"{example.where}: {task} is {label!a}, and in training {alike[0]!a}: write them in one way"
+            )
         raise DataError(f"{example.where}: {task} is {label!r}, the known labels are {listed(names)}")
     return names.index(label)
 

@@ -22,7 +22,7 @@ from minibert.tokenizer import as_list, check_tokenizer
 from minibert.wrapped import bert_inside, uncompiled
 from weights import CheckpointError, resolve
 from weights.checkpoint import HEADS
-from weights.hub import TOKENIZER_FILES
+from weights.hub import MODULES, TOKENIZER_FILES
 from weights.json_files import read_json, to_json
 from weights.safetensors_files import read_file
 
@@ -196,7 +196,7 @@ class MultiTaskModel(nn.Module):
                 settings[name] |= sizes | {"classes": head.out.out_features}
         files: dict[str, Any] = {HEADS: to_json({"heads": settings}), TENSORS: self.heads.state_dict()}
         if self.tokenizer is None:
-            bert_inside(self.encoder).save_pretrained(directory, files)
+            bert_inside(self.encoder).save_pretrained(directory, files | {MODULES: None})  # None: the mean
         else:
             SentenceEncoder(self.encoder, self.tokenizer).save_pretrained(directory, files)
 

@@ -59,7 +59,7 @@ class RunDirectory:
             if not (self.path / name).exists() and old.exists():
                 old.rename(self.path / name)
             for leftover in (fresh, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+                _remove(leftover)
         for leftover in self.path.glob(".saving-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -118,11 +118,11 @@ class RunDirectory:
                 raise CheckpointError(f"{error}; {hint}") from error
             raise
         with _writing(place):
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
             if place.exists():
                 place.rename(old)
             fresh.rename(place)
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
 
     def load(self, begun: Progress) -> tuple[Progress, dict[str, Tensor]]:
         """What `save("last", ...)` stored beside the model; (`begun`, {}) if nothing was saved yet.
@@ -156,6 +156,13 @@ class RunDirectory:
         if not self.log_file.is_file() or self.log_file.stat().st_size < progress.metrics_bytes:
             raise CheckpointError(f"{self.log_file} is missing or shorter than it was when last/ was saved")
         os.truncate(self.log_file, progress.metrics_bytes)
+
+
+def _remove(directory: Path) -> None:
+    """If it is there; of a link the link alone."""
+    if directory.is_symlink():
+        directory.unlink()
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def check_room(path: Path, needed: int) -> None:

@@ -102,7 +102,7 @@ def encode_file(
     with locked(part):
         _tidy(part, target)
         if resume and not record_file(part).is_file() and target.is_file() and record_file(target).is_file():
-            _matching_record(target, task)
+            _matching_record(target, task | {"done": stop - start})
             return target
         done, cut = _rows_done(part, task, resume)
         blocks = encoder.blocks_and_cuts(Lines(text, start + done, stop), batch_size, normalize)
@@ -215,7 +215,9 @@ def _fingerprint(encoder: SentenceEncoder) -> str:
 def _tidy(part: Path, target: Path) -> None:
     """Finishes a `_publish` that was killed between its renames; removes a record whose array is gone."""
     if record_file(part).is_file() and not part.is_file():
-        if target.is_file() and not record_file(target).is_file():
+        record = _read_record(part)
+        whole = record["done"] == record["stop"] - record["start"]
+        if whole and target.is_file() and not record_file(target).is_file():
             record_file(part).replace(record_file(target))
         else:
             record_file(part).unlink()

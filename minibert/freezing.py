@@ -17,6 +17,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import nn
 
+from minibert.inputs import full_name
 from minibert.model import BertModel
 from minibert.wrapped import uncompiled
 
@@ -38,8 +39,10 @@ class Headed(Protocol):
 def named_groups(model: Headed) -> dict[str, nn.Module]:
     """The groups of a model by name, from the input up."""
     encoder = uncompiled(getattr(model, "encoder", None))
-    if not isinstance(encoder, BertModel) or not hasattr(model, "heads"):
+    if encoder is None or not hasattr(model, "heads"):
         raise TypeError(f"{type(model).__name__} has no encoder and heads: give a MultiTaskModel")
+    if not isinstance(encoder, BertModel):
+        raise TypeError(f"encoder is a {full_name(encoder)}, it must be a minibert.BertModel")
     groups: dict[str, nn.Module] = {"embeddings": encoder.embeddings}
     groups |= {f"layers.{i}": layer for i, layer in enumerate(encoder.layers)}
     if encoder.pooler is not None:
@@ -239,8 +242,11 @@ def set_groups(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, A
     """
     wanted = [{**group, "params": _as_list(group["params"])} for group in groups]
     for group in wanted:
-        if "plan_lr" in group:
+        if "lr" in group:
             group["plan_lr"] = group["lr"]  # which may have been set by hand
+    for group in optimizer.param_groups:
+        if "max_lr" not in group:  # OneCycleLR's, which makes all rates itself
+            group.setdefault("plan_lr", group.get("initial_lr", group["lr"]))
     if len(wanted) == len(optimizer.param_groups) and all(map(_is_same_group, optimizer.param_groups, wanted)):
         return
     optimizer.param_groups.clear()

@@ -1,9 +1,13 @@
 """Reading and writing checkpoints: layouts, names, memory, and everything that can be wrong with one."""
 
+import errno
+import itertools
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +49,11 @@ def set_config(directory: Path, **fields: Any) -> Path:
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     return directory
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    """Of all files in it, hidden ones too."""
+    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def assert_same_weights(a: BertModel, b: BertModel) -> None:
@@ -274,29 +283,98 @@ def test_a_full_disk_leaves_nothing_and_changes_nothing(copy: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_mixture_of_old_and_new_files_is_not_loaded(
-    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def refuse_replacing(
+    monkeypatch: pytest.MonkeyPatch, refused: Callable[[int], bool], error: BaseException
 ) -> None:
-    """Saved over another of the same shapes, and killed before the file that is replaced last."""
-    model = BertModel.from_pretrained(copy)
-    replaced = []
-    replace = Path.replace
+    """Of the moves that follow, counted from 0."""
+    replace, counted = Path.replace, itertools.count()
 
-    def dying(self: Path, target: Path) -> Path:
-        if target.name == "config.json":
-            raise KeyboardInterrupt
-        replaced.append(target.name)
+    def failing(self: Path, target: Path) -> Path:
+        if refused(next(counted)):
+            raise error
         return replace(self, target)
 
+    monkeypatch.setattr(Path, "replace", failing)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EXDEV, "Invalid cross-device link")])
+@pytest.mark.parametrize("move", range(5))
+def test_what_cannot_be_replaced_comes_back(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, move: int, error: BaseException
+) -> None:
+    """Two old files go, then three new ones come."""
+    model = BertModel.from_pretrained(copy)
+    before = contents(copy)
+    with torch.no_grad():
+        model.embeddings.word.weight.add_(1)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", dying)
+        refuse_replacing(patch, lambda number: number == move, error)
+        with pytest.raises((KeyboardInterrupt, CheckpointError)):
+            model.save_pretrained(copy, {"1_Pooling/config.json": b"{}"})
+    assert contents(copy) == before
+    model.save_pretrained(copy, {"1_Pooling/config.json": b"{}"})
+    assert_same_weights(BertModel.from_pretrained(copy), model)
+
+
+@pytest.mark.parametrize("move", range(1, 5))
+def test_old_files_that_could_not_come_back_are_kept(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, move: int
+) -> None:
+    """And a mixture of old and new ones is not loaded."""
+    model = BertModel.from_pretrained(copy)
+    before = contents(copy)
+    with monkeypatch.context() as patch:
+        refuse_replacing(patch, lambda number: number >= move, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             model.save_pretrained(copy, {"more.json": b"{}"})
-    assert replaced == ["model.safetensors", "more.json"]
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         BertModel.from_pretrained(copy)
+    (aside,) = copy.glob(".saving-*.old")
+    assert before.items() <= {**contents(copy), **contents(aside)}.items()
     model.save_pretrained(copy)
     assert_same_weights(BertModel.from_pretrained(copy), model)
+
+
+def test_two_that_save_into_one_directory_take_turns(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [BertModel.from_pretrained(copy) for _ in range(2)]
+    nn.init.ones_(models[1].embeddings.word.weight)
+    replace = Path.replace
+
+    def slow(self: Path, target: Path) -> Path:
+        time.sleep(0.002)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", slow)
+    for i in range(5):
+        directory = tmp_path / f"new {i}" if i % 2 else copy
+        with ThreadPoolExecutor(2) as pool:
+            saved = [
+                pool.submit(models[k].save_pretrained, directory, {"which.txt": str(k).encode()})
+                for k in (0, 1)
+            ]
+        assert [each.result() for each in saved] == [None, None]
+        last = int((directory / "which.txt").read_text())
+        assert_same_weights(BertModel.from_pretrained(directory), models[last])
+
+
+def test_a_directory_that_another_process_makes_meanwhile(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rename = BertModel.from_pretrained(copy), Path.rename
+
+    def too_late(self: Path, target: Path) -> Path:
+        monkeypatch.undo()
+        shutil.copytree(tmp_path / "model", target)
+        return rename(self, target)
+
+    with torch.no_grad():
+        model.embeddings.word.weight.add_(1)
+    monkeypatch.setattr(Path, "rename", too_late)
+    model.save_pretrained(tmp_path / "new")
+    assert_same_weights(BertModel.from_pretrained(tmp_path / "new"), model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "new"]
 
 
 def test_saving_into_odd_places(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -529,6 +607,10 @@ def test_mixed_dtypes_need_a_choice(copy: Path) -> None:
         (b"\x10\x00\x00\x00\x00\x00\x00\x00not json, really", "hold no valid header"),
         (b"\xff" * 100, "hold no valid header"),
         (b"abc", "hold no valid header"),
+        (
+            b'\x3f\0\0\0\0\0\0\0{"a": {"data_offsets": [0, 4]}, "b": {"data_offsets": [0, ""]}}',
+            "hold no valid header",
+        ),
     ],
 )
 def test_not_safetensors(copy: Path, content: bytes, message: str) -> None:
@@ -581,6 +663,13 @@ def test_bin_only(copy: Path, tmp_path: Path) -> None:
     assert weights_of(tmp_path / "converted").keys() == tensors.keys() - {"cls.predictions.bias"}
 
 
+def test_convert_leaves_heads_on_their_encoder(copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "heads.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds heads of another encoder: give another directory"):
+        convert(copy, tmp_path / "out")
+
+
 def test_convert_refuses_what_is_not_tensors(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no pytorch_model.bin to convert"):
         convert(copy, tmp_path / "out")
@@ -630,6 +719,7 @@ def test_no_weights_no_config(copy: Path) -> None:
     ("content", "message"),
     [
         ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
         ("[]", "holds a JSON list, not a dict"),
         ('{"model_type": "roberta"}', "says model_type 'roberta': only 'bert' and 'distilbert' are supported"),
         ('{"model_type": 3}', "says model_type 3"),

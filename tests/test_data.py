@@ -247,6 +247,11 @@ def test_labels_come_from_training(minilm: Path) -> None:
     assert dataset.labels["t"].tolist() == [1, 0, MISSING]
     with pytest.raises(DataError, match=r"dev\.csv, line 7: t is 'z', the known labels are x, y"):
         SentenceDataset([Example("d", {"t": "z"}, "dev.csv, line 7")], Tokenizer.from_pretrained(minilm), names)
+    names = {"t": ("caf\u00e9", "tea")}
+    with pytest.raises(
+        DataError, match=r"line 2: t is 'cafe\\u0301', and in training 'caf\\xe9': write them in one"
+    ):
+        SentenceDataset([Example("d", {"t": "cafe\u0301"}, "line 2")], Tokenizer.from_pretrained(minilm), names)
     with pytest.raises(DataError, match="only the label 'y' for t: there must be two or more"):
         label_names(train[:1], ["t"])
     with pytest.raises(DataError, match="no label at all for u"):

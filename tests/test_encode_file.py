@@ -302,6 +302,27 @@ def test_a_kill_between_the_two_renames(small: Path, text: Path) -> None:
     assert files(text) == {"out.npy", "out.npy.json"}
 
 
+def test_a_record_whose_array_is_gone_is_not_an_older_arrays(
+    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, KeyboardInterrupt())
+        assert encode(small, text, "--normalize") == 130
+    part = text.with_name("out.npy.part")
+    part.replace(text.with_name("out.npy"))  # as large as the whole, but not that
+    assert encode(small, text, "--normalize", "--resume") == 0
+    assert files(text) == {"out.npy", "out.npy.json"}
+    lengths = np.linalg.norm(np.load(text.with_name("out.npy")), axis=1)
+    np.testing.assert_allclose(lengths, 1, atol=1e-6)
+
+
+def test_a_whole_array_whose_record_says_otherwise(small: Path, text: Path) -> None:
+    assert encode(small, text) == 0
+    record = text.with_name("out.npy.json")
+    record.write_text(record.read_text().replace(f'"done": {len(LINES)}', '"done": 1'))
+    assert encode(small, text, "--resume") == 2
+
+
 def test_a_kill_while_an_older_array_is_replaced(
     small: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

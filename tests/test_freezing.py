@@ -268,11 +268,12 @@ def test_rates_set_by_hand_count(model: MultiTaskModel) -> None:
 
 def test_what_reduce_on_plateau_makes_of_rates_stays(model: MultiTaskModel) -> None:
     plan = FreezePlan("backbone", head_lr=1.0)
-    optimizer = torch.optim.AdamW(plan.optimizer_groups(model))
+    own = torch.nn.Parameter(torch.zeros(1))  # which no plan has
+    optimizer = torch.optim.AdamW([*plan.optimizer_groups(model), {"params": own, "lr": 1.0}])
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
     for rate in (1.0, 1.0, 0.5, 0.25):  # from the second step on, as nothing gets better
-        set_groups(optimizer, plan.optimizer_groups(model))
-        assert [group["lr"] for group in optimizer.param_groups] == [rate, rate]
+        set_groups(optimizer, [*plan.optimizer_groups(model), {"params": own, "lr": 1.0}])
+        assert [group["lr"] for group in optimizer.param_groups] == [rate, rate, rate]
         scheduler.step(1.0)
 
 
@@ -396,4 +397,7 @@ def test_a_rate_that_cannot_be(rates: dict[str, float]) -> None:
 def test_only_models_with_heads(small: Path) -> None:
     encoder: Any = SentenceEncoder.from_pretrained(small)
     with pytest.raises(TypeError, match="SentenceEncoder has no encoder and heads: give a MultiTaskModel"):
+        FreezePlan.parse("backbone").apply(encoder)
+    encoder.encoder, encoder.heads = torch.nn.Linear(1, 1), torch.nn.ModuleDict()
+    with pytest.raises(TypeError, match=r"encoder is a torch.Linear, it must be a minibert.BertModel"):
         FreezePlan.parse("backbone").apply(encoder)

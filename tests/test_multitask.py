@@ -250,6 +250,15 @@ def test_the_encoder_is_saved_as_published(small: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(embeddings), rtol=1e-5, atol=1e-6)
 
 
+def test_without_a_tokenizer_the_mean_is_saved_too(small: Path, tmp_path: Path) -> None:
+    encoder = SentenceEncoder.from_pretrained(small)
+    encoder.pooling, encoder.normalize_embeddings = "cls", True
+    encoder.save_pretrained(tmp_path)
+    MultiTaskModel(BertModel.from_pretrained(tmp_path), {"type": MLPHead(36, 5, 4)}).save_pretrained(tmp_path)
+    again = SentenceEncoder.from_pretrained(tmp_path)
+    assert (again.pooling, again.normalize_embeddings) == ("mean", False)
+
+
 def test_no_other_encoder_is_saved_under_the_heads(small: Path, tmp_path: Path) -> None:
     model = build(small)
     model.save_pretrained(tmp_path)
@@ -529,6 +538,9 @@ def test_a_full_batch_gives_pytorchs_own_bits() -> None:
     total, _ = MultiTaskLoss(["a", "b"])(logits, labels)
     bytes_of = {task: classes.to(torch.uint8) for task, classes in labels.items()}
     assert torch.equal(MultiTaskLoss(["a", "b"])(logits, bytes_of)[0], total)
+    many, classes = torch.randn(4, 200), torch.tensor([3, 156, 156, 199])  # 156 is MISSING in 8 bits
+    expected = F.cross_entropy(many, classes)
+    assert MultiTaskLoss(["a"])({"a": many}, {"a": classes.to(torch.uint8)})[0] == expected
     assert torch.equal(
         total, F.cross_entropy(logits["a"], labels["a"]) + F.cross_entropy(logits["b"], labels["b"])
     )

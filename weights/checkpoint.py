@@ -135,10 +135,8 @@ def save_checkpoint(
         ValueError: the tensors are not those of such a model.
     """
     directory = as_directory(directory)
-    if (directory / HEADS).exists() and HEADS not in (other_files or {}):
-        raise CheckpointError(
-            f"{directory} holds heads of another encoder: give another directory, or remove its {HEADS}"
-        )
+    if HEADS not in (other_files or {}):
+        refuse_heads(directory)
     family = FAMILIES[config["model_type"]]
     published = {family.to_published(key): tensor for key, tensor in tensors.items()}
     found = {key: tensor.shape for key, tensor in tensors.items()}
@@ -159,6 +157,14 @@ def save_checkpoint(
         "dtype": str(dtype).removeprefix("torch."),
     }
     write_directory(directory, {SINGLE: published, "config.json": to_json(written), **(other_files or {})})
+
+
+def refuse_heads(directory: Path) -> None:
+    """Raises CheckpointError if a directory to save into holds heads, which would stand on another encoder."""
+    if (directory / HEADS).exists():
+        raise CheckpointError(
+            f"{directory} holds heads of another encoder: give another directory, or remove its {HEADS}"
+        )
 
 
 def _shape(shape: torch.Size | None) -> str:

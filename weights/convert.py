@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weights.checkpoint import refuse, with_our_names
+from weights.checkpoint import refuse, refuse_heads, with_our_names
 from weights.hub import SMALL_FILES, resolve
 from weights.json_files import CheckpointError, read_config, read_json, to_json
 from weights.safetensors_files import PICKLE, SINGLE, as_directory, why_no_weights, write_directory
@@ -21,10 +21,11 @@ def convert(name_or_path: str | Path, directory: str | Path) -> None:
     Raises:
         ModelNotFoundError: no such model on disk or on the hub.
         CheckpointError: no BERT or DistilBERT; there is no pytorch_model.bin, it is damaged, or it holds
-            more than tensors, or tensors that an encoder does not have.
+            more than tensors, or tensors that an encoder does not have; `directory` holds heads.
         ValueError: `directory` names none.
     """
     directory = as_directory(directory)
+    refuse_heads(directory)
     source = resolve(name_or_path)
     config = read_config(source)
     path = source / PICKLE

@@ -23,7 +23,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
         raise CheckpointError(f"{path.parent} has no {path.name}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; nested too deep
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, kind):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not a {kind.__name__}")

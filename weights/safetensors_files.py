@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weights.json_files import CheckpointError, read_json
+from weights.locks import taking_turns
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -119,9 +120,9 @@ def _what_it_is(path: Path) -> str:
         return "is a PyTorch pickle under this name, not safetensors"
     try:
         ends = [v["data_offsets"][1] for k, v in json.loads(header).items() if k != "__metadata__"]
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+        promised = 8 + header_size + max(ends, default=0)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return f"is not a whole safetensors file, its {size} bytes hold no valid header"
-    promised = 8 + header_size + max(ends, default=0)
     if size < promised:
         return f"is truncated, it holds {size} of the {promised} bytes its header promises"
     return "is a damaged safetensors file"
@@ -140,8 +141,9 @@ def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Te
     None means that there is to be no file of this name: one of an earlier model is removed.
 
     Everything is written and flushed to a temporary place first. A new directory then appears in one
-    rename; in an existing one each file is replaced whole, one after another. If there are several and one
-    is config.json, it is away meanwhile: without it nobody loads some old and some new ones.
+    rename. In an existing one a single file is replaced whole; of several the old ones are put aside before
+    the new ones come, config.json being the first to go and the last to come: without it nobody loads some
+    old and some new ones. Processes that save into one directory take turns.
 
     Raises:
         CheckpointError: the destination cannot be written.
@@ -155,29 +157,61 @@ def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Te
     for name, content in files.items():
         if not isinstance(content, bytes | Mapping | None):
             raise TypeError(f"{name} is {type(content).__name__}, it must be bytes, or tensors by name")
-    exists = directory.is_dir()
+    place = directory if directory.is_dir() else directory.parent  # on the same file system in either case
     try:
-        place = directory if exists else directory.parent  # on the same file system in either case
         place.mkdir(parents=True, exist_ok=True)
         with _staging(place) as fresh:
             for name, content in files.items():
                 if content is not None:
                     _write(fresh / name, content)
-            if not exists:
-                fresh.rename(directory)
-                return
-            for name, content in files.items():
-                if content is not None:
-                    (directory / name).parent.mkdir(exist_ok=True)
-            if len(files) > 1 and "config.json" in files:
-                (directory / "config.json").unlink(missing_ok=True)
-            for name, content in sorted(files.items(), key=lambda file: file[0] == "config.json"):
-                if content is not None:
-                    (fresh / name).replace(directory / name)
-                elif (directory / name).exists():
-                    (directory / name).unlink()
+            if not _renamed(fresh, directory):
+                with taking_turns(directory):
+                    _exchange(fresh, directory, list(files))
     except (OSError, SafetensorError) as error:  # a full disk comes as the latter
         raise CheckpointError(f"{directory} cannot be written: {error}") from error
+
+
+def _renamed(fresh: Path, directory: Path) -> bool:
+    """Makes it the directory, unless there is one, which another process may have made just now."""
+    if directory.is_dir():
+        return False
+    try:
+        fresh.rename(directory)
+    except OSError:
+        if not directory.is_dir():
+            raise
+        return False
+    return True
+
+
+def _exchange(fresh: Path, directory: Path, names: list[str]) -> None:
+    """Puts the files of `fresh` in the place of the old ones; if that fails, these come back."""
+    if len(names) == 1 and (fresh / names[0]).exists():
+        (fresh / names[0]).replace(directory / names[0])
+        return
+    names = sorted(names, key=lambda name: name == "config.json")
+    old, begun = Path(f"{fresh}.old"), []
+    try:
+        for name in reversed(names):
+            _move(name, directory, old)
+        for name in names:
+            begun.append(name)
+            _move(name, fresh, directory)
+    except BaseException:
+        for name in begun:
+            (directory / name).unlink(missing_ok=True)
+        for name in names:
+            _move(name, old, directory)
+        shutil.rmtree(old, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _move(name: str, source: Path, target: Path) -> None:
+    """A file, if it is there."""
+    if os.path.lexists(source / name):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).replace(target / name)
 
 
 @contextmanager

@@ -13,10 +13,11 @@ from unittest.mock import Mock
 import pytest
 
 import train
-from heads import features
+from heads import MultiTaskModel, features
 from heads.processes import catching_interrupts
 from heads.run_directory import RunDirectory
 from heads.training_state import Progress
+from minibert import BertModel
 from tests import forked
 from tests.training.conftest import (
     Main,
@@ -143,6 +144,18 @@ train.main({command(small, tmp_path / "part", options)})
     assert train.main(["--output", str(tmp_path / "part"), "--resume"]) == 0
     assert_same_run(whole, tmp_path / "part")
     assert not list((tmp_path / "part").glob(".*"))
+
+
+def test_a_checkpoint_that_was_moved_and_linked(small: Path, tmp_path: Path) -> None:
+    run, model = RunDirectory(tmp_path / "run"), MultiTaskModel(BertModel.from_pretrained(small), {})
+    run.save("best", model)
+    shutil.move(run.path / "best", tmp_path / "elsewhere")
+    (run.path / "best").symlink_to(tmp_path / "elsewhere")
+    for _ in range(3):
+        run.save("best", model)
+    assert MultiTaskModel.from_pretrained(run.path / "best")
+    assert [path.name for path in run.path.iterdir()] == ["best"]
+    assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
 
 
 def test_resuming_something_else_says_what_differs(
