@@ -85,7 +85,9 @@ class Options:
     patience: int = option(0, "stop when so many epochs in a row were not the best; 0: never", "N")
     feature_cache_mb: float = option(1000.0, "memory for what frozen layers compute; 0: compute it anew", "X")
     save_every: int | None = option(None, "save every so many steps, not only after each epoch", "STEPS")
-    output: str | None = option(None, "directory of the run (default: the next free runs/N)", "DIR")
+    output: str | None = option(
+        None, "directory of the run (default: the next free runs/N; with --eval-only none)", "DIR"
+    )
     resume: bool = option(
         False, "go on with the run in --output, by its own options (but for --save-every and --device)"
     )

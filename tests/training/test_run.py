@@ -368,7 +368,7 @@ def test_going_on_from_a_run_with_one_head_frozen(
         warnings.simplefilter("default")
         assert train.main(options) == 0
     assert (
-        "no training sentence has a label for type: --freeze head:type keeps its head"
+        "no training sentence has a label for type: --freeze head:type keeps its head as it is, not its accuracy"
         in capsys.readouterr().err
     )
     old, new = (
