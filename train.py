@@ -406,8 +406,8 @@ def check_settings(
                 warnings.warn(f"--freeze {options.freeze} leaves the new head {task} random", stacklevel=1)
         elif not sets["train"].has_labels(task):
             warnings.warn(
-                f"no training sentence has a label for {task}: --freeze head:{task} keeps its head as it is, not "
-                "its accuracy",
+                f"no training sentence has a label for {task}: --freeze head:{task} keeps its head as it is, "
+                "not its accuracy",
                 stacklevel=1,
             )
 
