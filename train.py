@@ -251,7 +251,7 @@ def parameter_groups(plan: FreezePlan, step: TrainingStep, epoch: int) -> list[d
 
 
 def rate_factor(options: Options, step: int, total: int) -> float:
-    """What learning rates are multiplied by in a step (from 0), computed as transformers does."""
+    """What learning rates are multiplied by in a step (from 0), by transformers' formulas."""
     warmup = round(options.warmup * total)
     if step < warmup:
         return step / warmup

@@ -19,7 +19,7 @@ from minibert.config import BertConfig
 
 
 class Embeddings(nn.Module):
-    """Word + token type + position vectors, normalised (Devlin et al. 2018, section 3.2, figure 2).
+    """Word + token type + position vectors, normalised (Devlin et al. 2018, figure 2, and their code).
 
     All three are learned tables. Token type is 0 in the first text of a pair, 1 in the second.
     """

@@ -63,7 +63,7 @@ class FreezePlan:
 
     `spec` is one of
 
-        none          everything is trained
+        none          everything is trained (but the pooler, which the heads do not use)
         all           nothing is trained
         backbone      the encoder is frozen, the heads are trained
         head:NAME     this head is frozen
@@ -75,8 +75,8 @@ class FreezePlan:
     or several joined by commas (not `none`, `all` or `only`), which freeze what any of them freezes.
 
     `lr` is the encoder's learning rate, `head_lr` the heads'. Each layer's is `layer_lr_decay` times
-    that of the layer above it (Howard & Ruder 2018, section 3.2). `weight_decay` is for matrices only,
-    not for biases and LayerNorms (Devlin et al. 2018, appendix A.2).
+    that of the layer above it (Howard & Ruder 2018, section 3.2). `weight_decay` (Devlin et al. 2018,
+    appendix A.2) is for matrices only, not for biases and LayerNorms, as in their code.
 
     Raises:
         ValueError: no such strategy, or a rate that cannot be; methods that see the model also raise

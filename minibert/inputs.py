@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minibert.config import BertConfig
 from weights.checkpoint import FLOATS
@@ -41,6 +41,26 @@ def check_config(config: object) -> None:
             f"config is a {full_name(config)}, it must be a minibert.BertConfig: from_dict makes one of a "
             "dict, BertModel.from_pretrained takes a model's name"
         )
+
+
+def check_settings(model: nn.Module, configured: nn.Module) -> None:
+    """Raises ValueError if a part of `model` computes otherwise than that of one with its config.
+
+    (Which is all that files can say of an activation, an eps or a head size.)
+    """
+    parts, some = dict(model.named_modules()), torch.linspace(-4, 4, 65, device="cpu")
+    for name, expected in configured.named_modules():
+        if (part := parts.get(name)) is None:
+            continue
+        settings = {each: getattr(expected, each, None) for each in ("eps", "head_size")}
+        wrong = [each for each, value in settings.items() if getattr(part, each, value) != value]
+        if hasattr(part, "activation") and not torch.allclose(part.activation(some), expected.activation(some)):
+            wrong.append("activation")
+        if wrong:
+            raise ValueError(
+                f"{name}.{wrong[0]} is not what the config says, and only that is saved: correct it, or "
+                "model.config by dataclasses.replace(model.config, ...)"
+            )
 
 
 def full_name(thing: object) -> str:

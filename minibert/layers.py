@@ -64,7 +64,7 @@ class EncoderLayer(nn.Module):
 
 
 class Pooler(nn.Module):
-    """tanh of a Linear on the first token, [CLS] (Devlin et al. 2018, section 3.1).
+    """tanh of a Linear on the first token, [CLS], as in the code of Devlin et al. 2018 (not in the paper).
 
     Trained to tell whether two sentences follow each other; sentence embeddings do without it.
     """

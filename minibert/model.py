@@ -11,7 +11,7 @@ from torch.utils._pytree import _register_namedtuple
 from minibert.attention import ATTENTION_FUNCTIONS, expand_mask
 from minibert.config import BertConfig
 from minibert.embeddings import Embeddings
-from minibert.inputs import check_config, check_dtype, check_inputs, states_and_weights
+from minibert.inputs import check_config, check_dtype, check_inputs, check_settings, states_and_weights
 from minibert.layers import EncoderLayer, Pooler
 from minibert.meta_device import without_numbers
 from minibert.packing import PaddedBatch
@@ -202,7 +202,8 @@ class BertModel(nn.Module):
         Raises:
             CheckpointError: the directory cannot be written, or holds the heads of a MultiTaskModel.
             TypeError: another file is neither bytes nor tensors.
-            ValueError: parameters that a BERT with this `config` does not have, or has in another shape.
+            ValueError: parameters that a BERT with this `config` does not have, or has in another shape;
+                another activation, eps or head size than it says.
         """
         layers, configured = len(self.layers), self.config.num_hidden_layers
         if layers != configured:
@@ -212,6 +213,7 @@ class BertModel(nn.Module):
             )
         with without_numbers():
             as_configured = BertModel(self.config, add_pooling_layer=self.pooler is not None)
+        check_settings(self, as_configured)
         shapes = {name: parameter.shape for name, parameter in as_configured.named_parameters()}
         save_checkpoint(directory, self.config.to_dict(), self.state_dict(), shapes, other_files)
 
@@ -221,7 +223,7 @@ class BertModel(nn.Module):
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call,no-any-return]
 
     def _initialise(self, module: nn.Module) -> None:
-        """Normal weights, zero biases and zero padding vector, as published (initializer_range)."""
+        """Normal weights, zero biases and zero padding vector (initializer_range), as in transformers."""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear):

@@ -148,7 +148,7 @@ class PackedBatch:
 
 
 class PaddedBatch:
-    """The way from padded (B, T, H) to packed (tokens, H) and back, for a mask (B, T)."""
+    """The way from padded (B, T, H) to packed (tokens, H), longest text first, and back, for a mask (B, T)."""
 
     def __init__(self, attention_mask: Tensor) -> None:
         mask = attention_mask.bool()

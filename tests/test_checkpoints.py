@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -447,6 +448,35 @@ def misfits() -> list[Callable[[Any], None]]:
         *(larger_vocabulary, other_inner_size, no_bias, no_norm, no_types),
         *(more_than_configured, another_parameter),
     ]
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "value", "field"),
+    [
+        ("layers.1.feed_forward", "activation", F.relu, {"hidden_act": "relu"}),
+        ("layers.1.feed_forward", "activation", nn.ReLU(), {"hidden_act": "relu"}),
+        ("embeddings.norm", "eps", 1e-3, {"layer_norm_eps": 1e-3}),
+        ("layers.0.attention", "head_size", 9, {"num_attention_heads": 4}),
+    ],
+)
+def test_what_only_the_config_can_say(
+    copy: Path, part: str, setting: str, value: Any, field: dict[str, Any]
+) -> None:
+    model = BertModel.from_pretrained(copy)
+    for name in (part, part.replace("1", "0"), *(["layers.1.attention"] if setting == "head_size" else [])):
+        submodule = model.get_submodule(name)
+        delattr(submodule, setting)
+        setattr(submodule, setting, value)
+    if setting == "eps":
+        for name in ("attention_norm", "feed_forward_norm"):
+            for layer in model.layers:
+                layer.get_submodule(name).eps = value
+    with pytest.raises(ValueError, match=rf"\.{setting} is not what the config says, and only that is saved"):
+        model.save_pretrained(copy)
+    model.config = replace(model.config, **field)
+    model.save_pretrained(copy)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(BertModel.from_pretrained(copy)(ids).last_hidden_state, model(ids).last_hidden_state)
 
 
 @pytest.mark.parametrize("change", misfits(), ids=lambda change: change.__name__)
