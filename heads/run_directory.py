@@ -119,7 +119,7 @@ class RunDirectory:
             raise
         with _writing(place):
             _remove(old)
-            if place.exists():
+            if os.path.lexists(place):  # it may be a link to what is gone
                 place.rename(old)
             fresh.rename(place)
             _remove(old)

@@ -215,8 +215,11 @@ def _fingerprint(encoder: SentenceEncoder) -> str:
 def _tidy(part: Path, target: Path) -> None:
     """Finishes a `_publish` that was killed between its renames; removes a record whose array is gone."""
     if record_file(part).is_file() and not part.is_file():
-        record = _read_record(part)
-        whole = record["done"] == record["stop"] - record["start"]
+        try:
+            record = _read_record(part)
+            whole = record["done"] == record["stop"] - record["start"]
+        except ValueError:  # damaged
+            whole = False
         if whole and target.is_file() and not record_file(target).is_file():
             record_file(part).replace(record_file(target))
         else:

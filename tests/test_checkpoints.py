@@ -27,7 +27,7 @@ from weights import CheckpointError, load_checkpoint
 from weights.checkpoint import collapse_layers
 from weights.convert import convert
 from weights.key_maps import FAMILIES
-from weights.safetensors_files import read_file
+from weights.safetensors_files import read_file, write_directory
 
 
 @pytest.fixture
@@ -285,23 +285,28 @@ def test_a_full_disk_leaves_nothing_and_changes_nothing(copy: Path, tmp_path: Pa
 
 
 def refuse_replacing(
-    monkeypatch: pytest.MonkeyPatch, refused: Callable[[int], bool], error: BaseException
+    monkeypatch: pytest.MonkeyPatch, refused: Callable[[int], bool], error: BaseException, *, late: bool = False
 ) -> None:
-    """Of the moves that follow, counted from 0."""
+    """Of the moves that follow, counted from 0; `late`: when it has been done."""
     replace, counted = Path.replace, itertools.count()
 
     def failing(self: Path, target: Path) -> Path:
-        if refused(next(counted)):
+        fails = refused(next(counted))
+        if fails and not late:
             raise error
-        return replace(self, target)
+        replace(self, target)
+        if fails:
+            raise error
+        return target
 
     monkeypatch.setattr(Path, "replace", failing)
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EXDEV, "Invalid cross-device link")])
 @pytest.mark.parametrize("move", range(5))
 def test_what_cannot_be_replaced_comes_back(
-    copy: Path, monkeypatch: pytest.MonkeyPatch, move: int, error: BaseException
+    copy: Path, monkeypatch: pytest.MonkeyPatch, move: int, error: BaseException, late: bool
 ) -> None:
     """Two old files go, then three new ones come."""
     model = BertModel.from_pretrained(copy)
@@ -309,10 +314,11 @@ def test_what_cannot_be_replaced_comes_back(
     with torch.no_grad():
         model.embeddings.word.weight.add_(1)
     with monkeypatch.context() as patch:
-        refuse_replacing(patch, lambda number: number == move, error)
+        refuse_replacing(patch, lambda number: number == move, error, late=late)
         with pytest.raises((KeyboardInterrupt, CheckpointError)):
             model.save_pretrained(copy, {"1_Pooling/config.json": b"{}"})
     assert contents(copy) == before
+    assert not list(copy.glob(".*"))
     model.save_pretrained(copy, {"1_Pooling/config.json": b"{}"})
     assert_same_weights(BertModel.from_pretrained(copy), model)
 
@@ -325,8 +331,8 @@ def test_old_files_that_could_not_come_back_are_kept(
     model = BertModel.from_pretrained(copy)
     before = contents(copy)
     with monkeypatch.context() as patch:
-        refuse_replacing(patch, lambda number: number >= move, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
+        refuse_replacing(patch, lambda number: number >= move, OSError(errno.EIO, "Input/output error"))
+        with pytest.raises(CheckpointError, match=r"what was there before lies in .*\.saving-\w+\.old$"):
             model.save_pretrained(copy, {"more.json": b"{}"})
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         BertModel.from_pretrained(copy)
@@ -334,6 +340,34 @@ def test_old_files_that_could_not_come_back_are_kept(
     assert before.items() <= {**contents(copy), **contents(aside)}.items()
     model.save_pretrained(copy)
     assert_same_weights(BertModel.from_pretrained(copy), model)
+
+
+def test_config_json_goes_first_and_comes_last(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nobody, whenever this process is killed, loads some old and some new files."""
+    moved, replace = [], Path.replace
+
+    def noting(self: Path, target: Path) -> Path:
+        moved.append((self.name, self.parent == copy))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", noting)
+    BertModel.from_pretrained(copy).save_pretrained(copy, {"a.json": b"{}"})
+    gone, come = ([name for name, goes in moved if goes is going] for going in (True, False))
+    assert moved[: len(gone)] == [(name, True) for name in gone]
+    assert (gone[0], come[-1]) == ("config.json", "config.json")
+    assert sorted(gone) == ["config.json", "model.safetensors"]
+    assert sorted(come) == ["a.json", "config.json", "model.safetensors"]
+    moved.clear()
+    write_directory(copy, {"a.json": b"{}"})  # alone it is replaced at once
+    assert moved == [("a.json", False)]
+
+
+def test_a_file_in_the_place_of_a_folder_changes_nothing(copy: Path) -> None:
+    (copy / "1_Pooling").write_text("mine")
+    before = contents(copy)
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*File exists"):
+        BertModel.from_pretrained(copy).save_pretrained(copy, {"1_Pooling/config.json": b"{}"})
+    assert contents(copy) == before
 
 
 def test_two_that_save_into_one_directory_take_turns(
@@ -375,7 +409,28 @@ def test_a_directory_that_another_process_makes_meanwhile(
     monkeypatch.setattr(Path, "rename", too_late)
     model.save_pretrained(tmp_path / "new")
     assert_same_weights(BertModel.from_pretrained(tmp_path / "new"), model)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "new"]
+    (copy / "heads.json").write_text("{}")
+    monkeypatch.setattr(Path, "rename", too_late)
+    with pytest.raises(CheckpointError, match="holds heads of another encoder: give another directory"):
+        model.save_pretrained(tmp_path / "newer")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "new", "newer"]
+
+
+def test_an_error_of_a_rename_that_was_done(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over a network, whose answer may get lost."""
+    model, rename = BertModel.from_pretrained(copy), Path.rename
+
+    def unanswered(self: Path, target: Path) -> Path:
+        rename(self, target)
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", unanswered)
+        with pytest.raises(CheckpointError, match=r"cannot be written: .*No such file"):
+            model.save_pretrained(tmp_path / "new")
+    assert_same_weights(BertModel.from_pretrained(tmp_path / "new"), model)
 
 
 def test_saving_into_odd_places(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,8 +472,9 @@ def test_a_file_in_the_place_of_a_folder_that_is_to_be_empty_is_left(copy: Path)
 
 def test_a_file_that_is_neither_bytes_nor_tensors(copy: Path) -> None:
     before = sorted(copy.rglob("*"))
-    with pytest.raises(TypeError, match=r"notes.txt is str, it must be bytes, or tensors by name"):
-        BertModel.from_pretrained(copy).save_pretrained(copy, {"notes.txt": "text"})  # type: ignore[dict-item]
+    for content, kind in (("text", "str"), ({"a": [1.0]}, "dict")):
+        with pytest.raises(TypeError, match=rf"notes.txt is a {kind}, it must be bytes, or tensors by name"):
+            BertModel.from_pretrained(copy).save_pretrained(copy, {"notes.txt": content})  # type: ignore[dict-item]
     assert sorted(copy.rglob("*")) == before
 
 
@@ -637,6 +693,7 @@ def test_mixed_dtypes_need_a_choice(copy: Path) -> None:
         (b"\x10\x00\x00\x00\x00\x00\x00\x00not json, really", "hold no valid header"),
         (b"\xff" * 100, "hold no valid header"),
         (b"abc", "hold no valid header"),
+        ((100_000).to_bytes(8, "little") + b"[" * 100_000, "hold no valid header"),
         (
             b'\x3f\0\0\0\0\0\0\0{"a": {"data_offsets": [0, 4]}, "b": {"data_offsets": [0, ""]}}',
             "hold no valid header",
@@ -694,10 +751,12 @@ def test_bin_only(copy: Path, tmp_path: Path) -> None:
 
 
 def test_convert_leaves_heads_on_their_encoder(copy: Path, tmp_path: Path) -> None:
+    torch.save(weights_of(copy), copy / "pytorch_model.bin")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "heads.json").write_text("{}")
     with pytest.raises(CheckpointError, match="holds heads of another encoder: give another directory"):
         convert(copy, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["heads.json"]
 
 
 def test_convert_refuses_what_is_not_tensors(copy: Path, tmp_path: Path) -> None:

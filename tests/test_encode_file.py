@@ -316,11 +316,22 @@ def test_a_record_whose_array_is_gone_is_not_an_older_arrays(
     np.testing.assert_allclose(lengths, 1, atol=1e-6)
 
 
-def test_a_whole_array_whose_record_says_otherwise(small: Path, text: Path) -> None:
+def test_a_whole_array_whose_record_says_otherwise(
+    small: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert encode(small, text) == 0
     record = text.with_name("out.npy.json")
     record.write_text(record.read_text().replace(f'"done": {len(LINES)}', '"done": 1'))
     assert encode(small, text, "--resume") == 2
+    assert f"done 1 instead of {len(LINES)}" in capsys.readouterr().err
+
+
+def test_a_damaged_record_whose_array_is_gone(small: Path, text: Path) -> None:
+    for damage in ("", "{}"):
+        text.with_name("out.npy.part.json").write_text(damage)
+        assert encode(small, text) == 0
+        assert files(text) == {"out.npy", "out.npy.json"}
+    assert_holds(text, small, LINES)
 
 
 def test_a_kill_while_an_older_array_is_replaced(

@@ -277,6 +277,26 @@ def test_what_reduce_on_plateau_makes_of_rates_stays(model: MultiTaskModel) -> N
         scheduler.step(1.0)
 
 
+@pytest.mark.parametrize("tensor", [False, True])
+def test_rates_of_groups_that_no_plan_made(tensor: bool) -> None:
+    one, two = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+
+    def groups(*parameters: torch.nn.Parameter) -> list[dict[str, Any]]:
+        return [{"params": each, "lr": torch.tensor(1.0) if tensor else 1.0} for each in parameters]
+
+    optimizer = torch.optim.AdamW(groups(one))
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    rates = []
+    for parameters in [(one,)] * 4 + [(one, two)] * 2:  # the other comes in the middle, and all rates are new
+        set_groups(optimizer, groups(*parameters))
+        rates.append([float(group["lr"]) for group in optimizer.param_groups])
+        if len(parameters) == 1:
+            scheduler.step(1.0)
+        else:
+            optimizer.param_groups[0]["lr"] *= 0.5  # as a new scheduler would
+    assert rates == [[1.0], [1.0], [0.5], [0.25], [1.0, 1.0], [0.5, 1.0]]
+
+
 def test_a_scheduler_that_sets_rates_of_its_own_goes_on(model: MultiTaskModel) -> None:
     plan = FreezePlan("layers:1")
     learned = MultiTaskLoss(list(model.heads), uncertainty=True).parameters()

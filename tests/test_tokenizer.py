@@ -1,6 +1,7 @@
 """Ids, masks and types equal AutoTokenizer's; loading, truncation, and what is refused."""
 
 import json
+import math
 import random
 import shutil
 import time
@@ -181,6 +182,7 @@ def test_whose_added_tokens_count(
     ("file", "content", "message"),
     [
         ("added_tokens.json", {"[ENT]": 30600}, "token '[ENT]' should have the id 30600, but would have 30522"),
+        ("added_tokens.json", {"[ENT]": math.inf}, "has added tokens that cannot be read: cannot convert"),
         ("added_tokens.json", {"[ENT]": "one"}, "has added tokens that cannot be read: invalid literal"),
         ("special_tokens_map.json", {"pad_token": 5}, "has added tokens that cannot be read: 5 is not a token"),
         ("special_tokens_map.json", {"cls_token": "[unused5]"}, "cls_token is '[unused5]', of a BertTokenizer"),

@@ -135,8 +135,6 @@ def save_checkpoint(
         ValueError: the tensors are not those of such a model.
     """
     directory = as_directory(directory)
-    if HEADS not in (other_files or {}):
-        refuse_heads(directory)
     family = FAMILIES[config["model_type"]]
     published = {family.to_published(key): tensor for key, tensor in tensors.items()}
     found = {key: tensor.shape for key, tensor in tensors.items()}
@@ -156,7 +154,8 @@ def save_checkpoint(
         **family.config_to_published(config),
         "dtype": str(dtype).removeprefix("torch."),
     }
-    write_directory(directory, {SINGLE: published, "config.json": to_json(written), **(other_files or {})})
+    files = {SINGLE: published, "config.json": to_json(written), **(other_files or {})}
+    write_directory(directory, files, None if HEADS in files else refuse_heads)
 
 
 def refuse_heads(directory: Path) -> None:

@@ -25,7 +25,6 @@ def convert(name_or_path: str | Path, directory: str | Path) -> None:
         ValueError: `directory` names none.
     """
     directory = as_directory(directory)
-    refuse_heads(directory)
     source = resolve(name_or_path)
     config = read_config(source)
     path = source / PICKLE
@@ -56,4 +55,5 @@ def convert(name_or_path: str | Path, directory: str | Path) -> None:
     # None: of another model, that was here before
     paths = {name: source / name for name in SMALL_FILES}
     others = {name: path.read_bytes() if path.is_file() else None for name, path in paths.items()}
-    write_directory(directory, {SINGLE: tensors, "config.json": to_json(settings), **others})
+    files = {SINGLE: tensors, "config.json": to_json(settings), **others}
+    write_directory(directory, files, refuse_heads)

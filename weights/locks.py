@@ -40,14 +40,16 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def taking_turns(directory: Path) -> Iterator[None]:
-    """Waits while another process is in here with this directory. (As above, but it leaves no file.)"""
+    """Waits while another process is in here with this directory. (Not on Windows, nor without locks.)"""
     if fcntl is None:
         yield
         return
     handle = os.open(directory, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)  # until it is closed, or the process is killed
+            fcntl.flock(handle, fcntl.LOCK_EX)  # until the process is killed, or
         yield
     finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # also for a child that was forked meanwhile
         os.close(handle)

@@ -8,7 +8,7 @@ Format: 8 bytes little-endian header length, a JSON header, then the raw tensors
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -135,7 +135,11 @@ def as_directory(directory: str | Path) -> Path:
     return Path(directory)
 
 
-def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Tensor] | None]) -> None:
+def write_directory(
+    directory: Path,
+    files: Mapping[str, bytes | Mapping[str, Tensor] | None],
+    refuse: Callable[[Path], None] | None = None,
+) -> None:
     """Writes files (relative name -> bytes, or tensors as safetensors); if one cannot be, none changes.
 
     None means that there is to be no file of this name: one of an earlier model is removed.
@@ -143,7 +147,8 @@ def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Te
     Everything is written and flushed to a temporary place first. A new directory then appears in one
     rename. In an existing one a single file is replaced whole; of several the old ones are put aside before
     the new ones come, config.json being the first to go and the last to come: without it nobody loads some
-    old and some new ones. Processes that save into one directory take turns.
+    old and some new ones. Processes that save into one directory take turns. `refuse` raises if the directory
+    is not to be written to; it is asked before the work and again in our turn.
 
     Raises:
         CheckpointError: the destination cannot be written.
@@ -155,8 +160,11 @@ def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Te
     if taken := next((name for name in files if (directory / name).is_dir()), None):
         raise CheckpointError(f"{directory} cannot be written: its {taken} is a directory")
     for name, content in files.items():
-        if not isinstance(content, bytes | Mapping | None):
-            raise TypeError(f"{name} is {type(content).__name__}, it must be bytes, or tensors by name")
+        tensors = content.values() if isinstance(content, Mapping) else []
+        if not isinstance(content, bytes | Mapping | None) or not all(isinstance(t, Tensor) for t in tensors):
+            raise TypeError(f"{name} is a {type(content).__name__}, it must be bytes, or tensors by name")
+    refuse = refuse or (lambda _: None)
+    refuse(directory)
     place = directory if directory.is_dir() else directory.parent  # on the same file system in either case
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -166,6 +174,7 @@ def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Te
                     _write(fresh / name, content)
             if not _renamed(fresh, directory):
                 with taking_turns(directory):
+                    refuse(directory)
                     _exchange(fresh, directory, list(files))
     except (OSError, SafetensorError) as error:  # a full disk comes as the latter
         raise CheckpointError(f"{directory} cannot be written: {error}") from error
@@ -178,19 +187,19 @@ def _renamed(fresh: Path, directory: Path) -> bool:
     try:
         fresh.rename(directory)
     except OSError:
-        if not directory.is_dir():
+        if not directory.is_dir() or not fresh.is_dir():
             raise
         return False
     return True
 
 
 def _exchange(fresh: Path, directory: Path, names: list[str]) -> None:
-    """Puts the files of `fresh` in the place of the old ones; if that fails, these come back."""
+    """Puts the files of `fresh` in the place of the old ones; if one cannot be, all old ones come back."""
     if len(names) == 1 and (fresh / names[0]).exists():
-        (fresh / names[0]).replace(directory / names[0])
+        (fresh / names[0]).replace(directory / names[0])  # at no moment is there none
         return
     names = sorted(names, key=lambda name: name == "config.json")
-    old, begun = Path(f"{fresh}.old"), []
+    old, begun = Path(f"{fresh}.old"), []  # not in `fresh`, which goes: what cannot come back stays
     try:
         for name in reversed(names):
             _move(name, directory, old)
@@ -198,10 +207,14 @@ def _exchange(fresh: Path, directory: Path, names: list[str]) -> None:
             begun.append(name)
             _move(name, fresh, directory)
     except BaseException:
-        for name in begun:
-            (directory / name).unlink(missing_ok=True)
-        for name in names:
-            _move(name, old, directory)
+        try:
+            for name in reversed(begun):
+                if os.path.lexists(directory / name):
+                    (directory / name).unlink()
+            for name in names:
+                _move(name, old, directory)
+        except OSError as error:
+            raise OSError(f"{error}; what was there before lies in {old}") from error
         shutil.rmtree(old, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
