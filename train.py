@@ -511,7 +511,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            tell("error: out of memory, try a smaller --batch-size")
+            print("train.py: error: out of memory, try a smaller --batch-size", file=sys.stderr)
         elif "by peer" in str(error):  # gloo: "Connection closed by peer", or reset
             print(
                 "train.py: error: another process has ended: a run that has begun goes on with --resume",

@@ -24,7 +24,7 @@ from minibert.text_lines import Lines, read_lines
 from weights import resolve
 from weights.catalog import CATALOG, find
 from weights.convert import convert
-from weights.hub import verify
+from weights.hub import fetch_pooling, verify
 
 DEFAULT_MODEL = "bert-base-uncased"
 TABLES = (".csv", ".tsv", ".jsonl")
@@ -263,6 +263,7 @@ def _write_embeddings(output: Path, embeddings: NDArray[np.float32]) -> None:
 
 def _fetch(arguments: argparse.Namespace) -> None:
     directory = resolve(arguments.model)
+    fetch_pooling(directory)  # which transformers may not have fetched
     print(f"{arguments.model}: {directory}")
     if arguments.verify:
         entry = find(arguments.model)

@@ -150,13 +150,13 @@ def merge(output: Path) -> int:
     for file in sorted(output.parent.glob(f"{glob.escape(output.stem)}-*-of-*{output.suffix}")):
         if match := SHARD_NAME.fullmatch(file.stem.removeprefix(output.stem)):
             shards[Shard(int(match[1]), int(match[2]))] = file
+    if unfinished := sorted(output.parent.glob(f"{glob.escape(output.stem)}-*-of-*{output.suffix}.part")):
+        raise ValueError(
+            f"cannot merge {output}: {unfinished[0].name} is not finished, go on with it by --resume"
+        )
     counts = sorted({shard.count for shard in shards})
     if not counts:
-        unfinished = sorted(output.parent.glob(f"{glob.escape(output.stem)}-*-of-*{output.suffix}.part"))
-        reason = f"no shards found, such as {Shard(1, 4).file(output)}"
-        if unfinished:
-            reason = f"{unfinished[0].name} is not finished, go on with it by --resume"
-        raise ValueError(f"cannot merge {output}: {reason}")
+        raise ValueError(f"cannot merge {output}: no shards found, such as {Shard(1, 4).file(output)}")
     if len(counts) > 1:
         found = " and ".join(f"of {count}" for count in counts)
         raise ValueError(f"cannot merge {output}: there are shards {found}, remove those of the other run")

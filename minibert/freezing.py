@@ -246,7 +246,7 @@ def set_groups(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, A
             group["plan_lr"] = float(group["lr"])  # which may have been set by hand
     for group in optimizer.param_groups:
         if "max_lr" not in group:  # OneCycleLR's, which makes all rates itself
-            group.setdefault("plan_lr", float(group.get("initial_lr", group["lr"])))
+            group.setdefault("plan_lr", float(group["lr"]))
     if len(wanted) == len(optimizer.param_groups) and all(map(_is_same_group, optimizer.param_groups, wanted)):
         return
     optimizer.param_groups.clear()

@@ -574,6 +574,10 @@ def test_processes_of_torchrun_take_a_shard_each(
     [
         ([], "no shards found, such as "),
         (["1/2 stopped"], "out-00001-of-00002.npy.part is not finished, go on with it by --resume"),
+        (
+            ["1/2", "2/2", "2/2 stopped"],
+            "out-00002-of-00002.npy.part is not finished, go on with it by --resume",
+        ),
         (["1/3", "3/3"], "out-00002-of-00003.npy not there, or not finished"),
         (["1/2", "2/2", "1/3"], "there are shards of 2 and of 3, remove those of the other run"),
     ],

@@ -363,6 +363,7 @@ def test_verify_names_both_digests(hub: Hub, shell: Shell, published: Path) -> N
     refs = snapshot.parents[1] / "refs"
     refs.mkdir()
     (refs / "main").write_text(COMMIT)
+    (snapshot / "tokenizer_config.json").write_text("{}")
     found = shell.fetch("bert-base-uncased")  # as transformers would have cached it under its short name
     assert found.stdout.strip() == f"bert-base-uncased: {snapshot}"
     result = shell.fetch("bert-base-uncased", "--verify")
@@ -384,6 +385,57 @@ def test_cache_without_tokenizer_is_completed(hub: Hub, shell: Shell, published:
     hub.asked.clear()
     assert shell.fetch("org/tiny").returncode == 0
     assert hub.downloads() == ["vocab.txt"]
+
+
+def test_a_vocabulary_without_its_settings_is_not_whole(hub: Hub, shell: Shell, published: Path) -> None:
+    (published / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    hub.repos["org/cased"] = published
+    assert shell.fetch("org/cased").returncode == 0
+    names = hub.downloads()
+    assert names.index("tokenizer_config.json") < names.index("vocab.txt")  # if it stops in between
+    (settings,) = shell.home.rglob("tokenizer_config.json")
+    settings.unlink()
+    hub.asked.clear()
+    code = "from minibert import Tokenizer as T; print(T.from_pretrained('org/cased')(['A'])['input_ids'].tolist())"
+    assert shell.run("-c", code).stdout == "[[2, 1, 3]]\n"  # A is not a
+    assert len(hub.asked) > 0
+    hub.asked.clear()
+    assert shell.run("-c", code).stdout == "[[2, 1, 3]]\n"
+    assert hub.asked == []
+
+
+def test_a_repository_without_weights(hub: Hub, shell: Shell, published: Path) -> None:
+    (published / "model.safetensors").rename(published / "flax_model.msgpack")
+    hub.repos["org/tiny"] = published
+    result = shell.fetch("org/tiny")
+    assert result.returncode == 2
+    assert "org/tiny has no weights on the hub that can be read, such as model.safetensors" in result.stderr
+
+
+def test_a_damaged_index_in_the_cache_is_fetched_anew(hub: Hub, shell: Shell, published: Path) -> None:
+    whole = (published / "model.safetensors").read_bytes()
+    shard(published)
+    index = published / "model.safetensors.index.json"
+    good = index.read_text()
+    index.write_text("{}")
+    hub.repos["org/tiny"] = published
+    assert "has no weight_map" in shell.fetch("org/tiny").stderr
+    for cached in shell.home.rglob(index.name):
+        cached.resolve().unlink()
+        cached.unlink()
+    index.write_text(good)
+    assert shell.fetch("org/tiny").returncode == 0
+    (snapshot,) = (path.parent for path in shell.home.rglob(index.name))
+    (snapshot / "model-00001-of-00001.safetensors").unlink()
+    assert shell.fetch("org/tiny", HF_HUB_OFFLINE="1").returncode == 2
+    (snapshot / "model.safetensors").write_bytes(whole)  # which is read, and no shard
+    assert shell.fetch("org/tiny", HF_HUB_OFFLINE="1").returncode == 0
+
+
+def test_main_that_moves_during_a_download(hub: Hub, shell: Shell, published: Path) -> None:
+    hub.repos["org/tiny"] = published
+    assert shell.fetch("org/tiny").returncode == 0
+    assert {path.split("/")[4] for method, path in hub.asked if "config.json" not in path} == {COMMIT}
 
 
 def test_a_model_without_tokenizer_loads_from_the_cache(hub: Hub, shell: Shell, published: Path) -> None:
@@ -413,7 +465,8 @@ def test_what_transformers_fetched_lacks_the_pooling(hub: Hub, shell: Shell, pub
     offline = shell.run("-c", code, HF_HUB_OFFLINE="1")
     assert "came into the cache without modules.json" in offline.stderr
     assert offline.stdout == "mean False\n"
-    online = shell.run("-c", code)
+    assert shell.fetch("org/tiny").returncode == 0  # for what will be offline
+    online = shell.run("-c", code, HF_HUB_OFFLINE="1")
     assert (online.stdout, online.stderr) == ("cls True\n", "")
     assert hub.downloads()[-1] == "modules.json"  # without which nobody looks for the others
     again = shell.run("-c", code, HF_HUB_OFFLINE="1")
@@ -430,7 +483,7 @@ def test_a_model_without_modules_is_asked_for_them_once(hub: Hub, shell: Shell, 
         result = shell.run("-c", code.format("org/tiny"))
         assert (result.stdout, result.stderr) == ("mean\n", "")
     assert [path for _, path in hub.asked if path.endswith("/modules.json")] == [
-        f"/org/tiny/resolve/{revision}/modules.json" for revision in ("main", COMMIT)
+        f"/org/tiny/resolve/{COMMIT}/modules.json" for _ in range(2)
     ]
     own = shell.home / "snapshots" / "epoch3"  # not the cache's
     shutil.copytree(published, own)

@@ -18,7 +18,8 @@ MODULES = "modules.json"
 # all of its files, fetched in this order: last the one that names the others
 POOLING_FILES = (*LENGTH_FILES, "config_sentence_transformers.json", "1_Pooling/config.json", MODULES)
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
-SMALL_FILES = (*TOKENIZER_FILES, *TOKENIZER_SETTINGS, *POOLING_FILES)  # beside config.json and the weights
+# beside config.json and the weights; a tokenizer without its settings could be taken for a whole one
+SMALL_FILES = (*TOKENIZER_SETTINGS, *TOKENIZER_FILES, *POOLING_FILES)
 # what a disk may say, not the network
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -122,13 +123,24 @@ def _cached_snapshots(name: str) -> Iterator[Path]:
 
 def _can_be_used(snapshot: Path, weights: str, whole: bool) -> bool:
     """Whether a snapshot has all we need: transformers may have fetched less, or other files."""
-    if (snapshot / INDEX).is_file():
-        has_weights = all((snapshot / shard).is_file() for shard in set(read_index(snapshot / INDEX).values()))
-    else:
-        names = (weights,) if whole else (weights, *NOT_LOADED)
-        has_weights = any((snapshot / name).is_file() for name in names)
-    has_tokenizer = any((snapshot / name).is_file() for name in TOKENIZER_FILES)
+    names = (weights,) if whole else (weights, *NOT_LOADED)
+    has_weights = any((snapshot / name).is_file() for name in names) or _has_shards(snapshot)
+    has_tokenizer = any((snapshot / name).is_file() for name in TOKENIZER_FILES) and any(
+        (folder / TOKENIZER_SETTINGS[0]).is_file() for folder in (snapshot, _noted_absent(snapshot))
+    )
     return has_weights and (has_tokenizer or not whole) and (snapshot / "config.json").is_file()
+
+
+def _has_shards(snapshot: Path) -> bool:
+    try:
+        return all((snapshot / shard).is_file() for shard in set(read_index(snapshot / INDEX).values()))
+    except CheckpointError:  # none, or a damaged one
+        return False
+
+
+def _noted_absent(snapshot: Path) -> Path:
+    """Where the cache notes, as empty files, what the hub does not have."""
+    return snapshot.parent.parent / ".no_exist" / snapshot.name
 
 
 def fetch_pooling(directory: Path) -> bool:
@@ -143,9 +155,12 @@ def fetch_pooling(directory: Path) -> bool:
     if directory.parent.name != "snapshots" or not storage.name.startswith("models--"):
         return True
     repo, commit = storage.name.removeprefix("models--").replace("--", "/"), directory.name
-    known_absent = storage / ".no_exist" / commit / MODULES
     entry = find(repo)
-    if (directory / MODULES).is_file() or known_absent.is_file() or (entry and not entry.pooled):
+    if (
+        (directory / MODULES).is_file()
+        or (_noted_absent(directory) / MODULES).is_file()
+        or (entry and not entry.pooled)
+    ):
         return True
     try:
         _ask(repo, commit)
@@ -195,11 +210,14 @@ def download(name: str) -> Path:
     try:
         _ask(repo, revision)
         snapshot = Path(hf_hub_download(repo, "config.json", revision=revision)).parent
+        revision = snapshot.name  # main may move meanwhile
         read_config(snapshot)  # a model of another type is refused before its weights are fetched
         for file in SMALL_FILES:
             _fetch_first(repo, revision, file)
         weights = _fetch_first(repo, revision, *([entry.file] if entry else [SINGLE, INDEX, PICKLE]))
-        if weights is not None and weights.name == INDEX:
+        if weights is None:
+            raise CheckpointError(f"{name} has no weights on the hub that can be read, such as {SINGLE}")
+        if weights.name == INDEX:
             for shard in sorted(set(read_index(weights).values())):
                 hf_hub_download(repo, shard, revision=revision)
     except CheckpointError:
@@ -261,5 +279,5 @@ def verify(directory: Path, entry: CatalogEntry) -> None:
     if digest != entry.sha256:
         raise CheckpointError(
             f"{file} is not the published {entry.name}: its sha256 is {digest}, the catalog pins "
-            f"{entry.sha256}; remove it and fetch it again"
+            f"{entry.sha256}; remove {file.resolve()} and fetch it again"
         )
