@@ -48,7 +48,8 @@ def check_settings(model: nn.Module, configured: nn.Module) -> None:
 
     (Which is all that files can say of an activation, an eps or a head size.)
     """
-    parts, some = dict(model.named_modules()), torch.linspace(-4, 4, 65, device="cpu")
+    parts, device = dict(model.named_modules()), next(model.parameters()).device
+    some = torch.linspace(-4, 4, 65, device=device, dtype=torch.float32)
     for name, expected in configured.named_modules():
         if (part := parts.get(name)) is None:
             continue

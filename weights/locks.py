@@ -47,7 +47,7 @@ def taking_turns(directory: Path) -> Iterator[None]:
     handle = os.open(directory, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)  # until the process is killed, or
+            fcntl.flock(handle, fcntl.LOCK_EX)  # until it is unlocked, or the process killed
         yield
     finally:
         with suppress(OSError):
