@@ -125,7 +125,7 @@ def train(
     step = TrainingStep(model, build_loss(options, model).to(processes.device))
     fused = options.fast or None  # None: torch's default, which rounds as the reference does; fused does not
     optimizer = torch.optim.AdamW(parameter_groups(plan, step, progress.epoch), fused=fused)
-    if not state and not processes.is_first:
+    if not processes.is_first:
         torch.manual_seed(options.seed + processes.rank)  # other dropout than in the first process
     restore(state, step, optimizer, processes)
     state.clear()  # its tensors are views of last/'s file, which the next save replaces
@@ -491,10 +491,10 @@ def main(argv: list[str] | None = None) -> int:
             options = read_options(argv)
             keep_freed_memory()
             processes = Processes(options.device, bf16=options.bf16)
-            held.callback(processes.close)
             if options.fast:
                 held.enter_context(onednn_products())
             run_all(options, processes, held)
+            processes.close()  # not after an error: it would wait for processes that wait for this one
         print(end="", flush=True)  # whether anybody reads the last lines is noticed now
         return 0
     except KeyboardInterrupt as interrupt:

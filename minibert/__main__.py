@@ -24,7 +24,8 @@ from minibert.text_lines import Lines, read_lines
 from weights import resolve
 from weights.catalog import CATALOG, find
 from weights.convert import convert
-from weights.hub import fetch_pooling, verify
+from weights.hub import MODULES, fetch_pooling, verify
+from weights.safetensors_files import INDEX, PICKLE, SINGLE
 
 DEFAULT_MODEL = "bert-base-uncased"
 TABLES = (".csv", ".tsv", ".jsonl")
@@ -263,7 +264,10 @@ def _write_embeddings(output: Path, embeddings: NDArray[np.float32]) -> None:
 
 def _fetch(arguments: argparse.Namespace) -> None:
     directory = resolve(arguments.model)
-    fetch_pooling(directory)  # which transformers may not have fetched
+    if not any((directory / name).is_file() for name in (SINGLE, INDEX, PICKLE)):
+        raise ValueError(f"{directory} has no weights that can be read, such as {SINGLE}")
+    if not fetch_pooling(directory):  # which transformers may not have fetched
+        warnings.warn(f"{directory} lacks {MODULES}, and the hub cannot be asked for it", stacklevel=1)
     print(f"{arguments.model}: {directory}")
     if arguments.verify:
         entry = find(arguments.model)

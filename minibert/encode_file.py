@@ -146,21 +146,17 @@ def merge(output: Path) -> int:
     """
     if output.suffix != ".npy":
         raise ValueError(f"cannot merge {output}: give FILE.npy as `encode -o` was given it")
-    shards = {}
-    for file in sorted(output.parent.glob(f"{glob.escape(output.stem)}-*-of-*{output.suffix}")):
-        if match := SHARD_NAME.fullmatch(file.stem.removeprefix(output.stem)):
-            shards[Shard(int(match[1]), int(match[2]))] = file
-    if unfinished := sorted(output.parent.glob(f"{glob.escape(output.stem)}-*-of-*{output.suffix}.part")):
-        raise ValueError(
-            f"cannot merge {output}: {unfinished[0].name} is not finished, go on with it by --resume"
-        )
-    counts = sorted({shard.count for shard in shards})
+    shards, begun = _find_shards(output, output.suffix), _find_shards(output, f"{output.suffix}.part")
+    counts = sorted({shard.count for shard in shards or begun})
     if not counts:
         raise ValueError(f"cannot merge {output}: no shards found, such as {Shard(1, 4).file(output)}")
     if len(counts) > 1:
         found = " and ".join(f"of {count}" for count in counts)
         raise ValueError(f"cannot merge {output}: there are shards {found}, remove those of the other run")
     wanted = [Shard(index, counts[0]) for index in range(1, counts[0] + 1)]
+    # whole ones may lie beside them that are an earlier run's
+    if unfinished := [begun[shard].name for shard in wanted if shard in begun]:
+        raise ValueError(f"cannot merge {output}: {unfinished[0]} is not finished, go on with it by --resume")
     if missing := [shard.file(output).name for shard in wanted if shard not in shards]:
         raise ValueError(f"cannot merge {output}: {', '.join(missing)} not there, or not finished")
     task = _read_record(shards[wanted[0]])
@@ -183,6 +179,15 @@ def merge(output: Path) -> int:
             raise
         _publish(part, output)
     return len(wanted)
+
+
+def _find_shards(output: Path, suffix: str) -> dict[Shard, Path]:
+    """The files beside `output` that are called as its shards, and end like this."""
+    found = {}
+    for file in output.parent.glob(f"{glob.escape(output.stem)}-*{suffix}"):
+        if match := SHARD_NAME.fullmatch(file.name.removeprefix(output.stem).removesuffix(suffix)):
+            found[Shard(int(match[1]), int(match[2]))] = file
+    return found
 
 
 def _version(text: Path) -> tuple[int, int]:

@@ -173,6 +173,10 @@ def in_batches(
 def run(fast: FastModel, batch: PackedBatch, *, compiled: bool = False) -> Tensor:
     """The last hidden state of every token, (tokens, H); `compiled` by torch.compile, for CUDA."""
     if compiled:
+        import torch._dynamo.config as settings
+
+        # Each kind of model takes two graphs, and with eight torch gives up. (A setting is its thread's own.)
+        settings.recompile_limit = max(settings.recompile_limit, 64)
         starts, longest = batch.packing.starts, batch.packing.longest
         return _compiled()(fast, batch.input_ids, batch.position_ids, starts, longest)
     return _run(fast, batch.input_ids, batch.position_ids, batch.packing.attend)
@@ -194,8 +198,4 @@ def run_varlen(
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    import torch._dynamo.config as settings
-
-    # Each kind of model takes two graphs, and with eight torch gives up.
-    settings.recompile_limit = max(settings.recompile_limit, 64)
     return torch.compile(run_varlen, fullgraph=True, dynamic=True)

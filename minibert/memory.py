@@ -56,5 +56,6 @@ def _hold_only_a_file(table: RawIOBase, first: int, end: int) -> bool:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether this is what torch raises where there is no memory left, on a GPU or a CPU."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether this is what torch, or a library under it, raises where there is no memory left."""
+    signs = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)

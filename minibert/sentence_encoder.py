@@ -211,8 +211,10 @@ class SentenceEncoder(nn.Module):
                 `compile` where it cannot be used, or a tokenizer with more tokens, or a higher limit, than
                 the model has vectors for.
         """
-        blocks = list(self.encode_blocks(sentences, batch_size, normalize_embeddings, show_progress_bar))
-        embeddings = blocks[0] if len(blocks) == 1 else self._join(blocks)  # (n, H)
+        blocks = self.encode_blocks(sentences, batch_size, normalize_embeddings, show_progress_bar)
+        if not convert_to_tensor:  # a GPU need not hold them all
+            blocks = (block.float().cpu() for block in blocks)
+        embeddings = self._join(list(blocks))  # (n, H)
         result = embeddings[0] if isinstance(sentences, str) else embeddings
         return result if convert_to_tensor else result.float().cpu().numpy()
 
@@ -329,7 +331,9 @@ class SentenceEncoder(nn.Module):
 
     def _join(self, blocks: list[Tensor]) -> Tensor:
         """(n, H) of all; takes them off the list one by one, so that each is freed once it is copied."""
-        embeddings = self._zeros(sum(map(len, blocks)), blocks[0] if blocks else None)
+        if len(blocks) < 2:
+            return blocks[0] if blocks else self._zeros(0)
+        embeddings = blocks[0].new_empty(sum(map(len, blocks)), blocks[0].shape[1])
         row = 0
         while blocks:
             block = blocks.pop(0)

@@ -535,6 +535,37 @@ def test_what_only_the_config_can_say(
     assert torch.equal(BertModel.from_pretrained(copy)(ids).last_hidden_state, model(ids).last_hidden_state)
 
 
+class Halving(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:-1], -1, 2).prod(-1)  # not of an odd number
+
+
+@pytest.mark.parametrize(
+    ("hidden_act", "activation", "saved"),
+    [
+        ("silu", nn.SiLU(inplace=True), True),
+        ("gelu", nn.GELU(), True),
+        ("gelu", lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)), True),
+        ("gelu_new", nn.GELU("tanh"), True),
+        ("gelu", nn.GELU("tanh"), False),
+        ("relu", nn.ReLU6(), False),
+        ("gelu", Halving(), False),
+    ],
+)
+def test_what_computes_the_same_is_saved(
+    copy: Path, hidden_act: str, activation: Callable[[Tensor], Tensor], saved: bool
+) -> None:
+    model = BertModel.from_pretrained(set_config(copy, hidden_act=hidden_act))
+    feed_forward: Any = model.get_submodule("layers.1.feed_forward")
+    del feed_forward.activation
+    feed_forward.activation = activation
+    if saved:
+        model.save_pretrained(copy)
+    else:
+        with pytest.raises(ValueError, match=r"layers.1.feed_forward.activation is not what the config says"):
+            model.save_pretrained(copy)
+
+
 @pytest.mark.parametrize("change", misfits(), ids=lambda change: change.__name__)
 def test_what_could_not_be_loaded_is_not_saved(copy: Path, change: Callable[[Any], None]) -> None:
     model = BertModel.from_pretrained(copy)

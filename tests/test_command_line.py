@@ -209,13 +209,15 @@ def test_a_full_disk_is_one_sentence(
     assert (tmp_path / name).stat().st_size > 1536
 
 
-@pytest.mark.parametrize("kind", ["GPU", "CPU"])
+@pytest.mark.parametrize("kind", ["GPU", "cuBLAS", "CPU"])
 def test_out_of_memory_is_one_sentence(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     def forward(*_: object) -> None:
         if kind == "GPU":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has ...")
+        if kind == "cuBLAS":
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
         torch.empty(2**55)
 
     monkeypatch.setattr("minibert.fast_inference._run", forward)

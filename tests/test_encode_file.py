@@ -590,6 +590,7 @@ def test_what_cannot_be_merged(
     shards: list[str],
     message: str,
 ) -> None:
+    text.with_name("out-of-it-00001-of-00002.npy.part").touch()  # another array's
     for shard, _, stopped in (each.partition(" ") for each in shards):
         with monkeypatch.context() as patch:
             if stopped:

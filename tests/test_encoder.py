@@ -12,7 +12,7 @@ from torch.export import Dim
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
-from minibert import BertConfig, BertModel, BertModelOutput, cls_pooling, mean_pooling
+from minibert import BertConfig, BertModel, BertModelOutput, cls_pooling, inputs, mean_pooling
 from minibert.attention import ATTENTION_FUNCTIONS, expand_mask, sdpa_attention
 from minibert.config import HIDDEN_ACTS
 from minibert.layers import ACTIVATIONS, EncoderLayer
@@ -374,3 +374,16 @@ def test_config_round_trip() -> None:
     assert BertConfig.from_dict(CONFIG.to_dict()) == CONFIG
     assert BertConfig.from_dict({"use_cache": True, "position_embedding_type": "absolute"}) == BertConfig()
     assert BertConfig().head_size == 64
+
+
+def test_while_a_cuda_graph_is_captured_no_number_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        is_cuda = True
+
+        def __bool__(self) -> bool:
+            assert not torch.cuda.is_current_stream_capturing()
+            return True
+
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda value=capturing: value)
+        assert inputs.holds(OnGpu()) is not capturing

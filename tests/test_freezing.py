@@ -277,14 +277,18 @@ def test_what_reduce_on_plateau_makes_of_rates_stays(model: MultiTaskModel) -> N
         scheduler.step(1.0)
 
 
-@pytest.mark.parametrize("tensor", [False, True])
-def test_rates_of_groups_that_no_plan_made(tensor: bool) -> None:
+@pytest.mark.parametrize(
+    ("first", "later"), [(float, float), (torch.tensor, torch.tensor), (torch.tensor, float)]
+)
+def test_rates_of_groups_that_no_plan_made(
+    first: Callable[[float], Any], later: Callable[[float], Any]
+) -> None:
     one, two = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
 
-    def groups(*parameters: torch.nn.Parameter) -> list[dict[str, Any]]:
-        return [{"params": each, "lr": torch.tensor(1.0) if tensor else 1.0} for each in parameters]
+    def groups(*parameters: torch.nn.Parameter, kind: Callable[[float], Any] = later) -> list[dict[str, Any]]:
+        return [{"params": each, "lr": kind(0.1)} for each in parameters]
 
-    optimizer = torch.optim.AdamW(groups(one))
+    optimizer = torch.optim.AdamW(groups(one, kind=first))
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
     rates = []
     for parameters in [(one,)] * 4 + [(one, two)] * 2:  # the other comes in the middle, and all rates are new
@@ -294,7 +298,8 @@ def test_rates_of_groups_that_no_plan_made(tensor: bool) -> None:
             scheduler.step(1.0)
         else:
             optimizer.param_groups[0]["lr"] *= 0.5  # as a new scheduler would
-    assert rates == [[1.0], [1.0], [0.5], [0.25], [1.0, 1.0], [0.5, 1.0]]
+    expected = [[0.1], [0.1], [0.05], [0.025], [0.1, 0.1], [0.05, 0.1]]
+    assert rates == [pytest.approx(each) for each in expected]
 
 
 def test_a_scheduler_that_sets_rates_of_its_own_goes_on(model: MultiTaskModel) -> None:

@@ -18,7 +18,7 @@ MODULES = "modules.json"
 # all of its files, fetched in this order: last the one that names the others
 POOLING_FILES = (*LENGTH_FILES, "config_sentence_transformers.json", "1_Pooling/config.json", MODULES)
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
-# beside config.json and the weights; a tokenizer without its settings could be taken for a whole one
+# beside config.json and the weights; settings before what makes a tokenizer: a download may stop in between
 SMALL_FILES = (*TOKENIZER_SETTINGS, *TOKENIZER_FILES, *POOLING_FILES)
 # what a disk may say, not the network
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -125,9 +125,7 @@ def _can_be_used(snapshot: Path, weights: str, whole: bool) -> bool:
     """Whether a snapshot has all we need: transformers may have fetched less, or other files."""
     names = (weights,) if whole else (weights, *NOT_LOADED)
     has_weights = any((snapshot / name).is_file() for name in names) or _has_shards(snapshot)
-    has_tokenizer = any((snapshot / name).is_file() for name in TOKENIZER_FILES) and any(
-        (folder / TOKENIZER_SETTINGS[0]).is_file() for folder in (snapshot, _noted_absent(snapshot))
-    )
+    has_tokenizer = any((snapshot / name).is_file() for name in TOKENIZER_FILES)
     return has_weights and (has_tokenizer or not whole) and (snapshot / "config.json").is_file()
 
 
@@ -136,11 +134,6 @@ def _has_shards(snapshot: Path) -> bool:
         return all((snapshot / shard).is_file() for shard in set(read_index(snapshot / INDEX).values()))
     except CheckpointError:  # none, or a damaged one
         return False
-
-
-def _noted_absent(snapshot: Path) -> Path:
-    """Where the cache notes, as empty files, what the hub does not have."""
-    return snapshot.parent.parent / ".no_exist" / snapshot.name
 
 
 def fetch_pooling(directory: Path) -> bool:
@@ -155,12 +148,9 @@ def fetch_pooling(directory: Path) -> bool:
     if directory.parent.name != "snapshots" or not storage.name.startswith("models--"):
         return True
     repo, commit = storage.name.removeprefix("models--").replace("--", "/"), directory.name
+    known_absent = storage / ".no_exist" / commit / MODULES
     entry = find(repo)
-    if (
-        (directory / MODULES).is_file()
-        or (_noted_absent(directory) / MODULES).is_file()
-        or (entry and not entry.pooled)
-    ):
+    if (directory / MODULES).is_file() or known_absent.is_file() or (entry and not entry.pooled):
         return True
     try:
         _ask(repo, commit)
@@ -215,9 +205,7 @@ def download(name: str) -> Path:
         for file in SMALL_FILES:
             _fetch_first(repo, revision, file)
         weights = _fetch_first(repo, revision, *([entry.file] if entry else [SINGLE, INDEX, PICKLE]))
-        if weights is None:
-            raise CheckpointError(f"{name} has no weights on the hub that can be read, such as {SINGLE}")
-        if weights.name == INDEX:
+        if weights is not None and weights.name == INDEX:
             for shard in sorted(set(read_index(weights).values())):
                 hf_hub_download(repo, shard, revision=revision)
     except CheckpointError:
