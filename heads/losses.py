@@ -83,8 +83,8 @@ class MultiTaskLoss(nn.Module):
         losses = {}
         total = torch.zeros((), device=next(iter(logits.values())).device)
         for i, (name, weight) in enumerate(self.weights.items()):
-            known = labels[name].long() != MISSING  # in 8 bits that would be a class, 156
-            count = float(known.sum()) if counts is None else counts[name]
+            # .long(), since in 8 bits MISSING would be a class, 156
+            count = float((labels[name].long() != MISSING).sum()) if counts is None else counts[name]
             try:
                 summed = F.cross_entropy(logits[name], labels[name], ignore_index=MISSING, reduction="sum")
             except IndexError as error:  # on a CPU; a GPU does not say

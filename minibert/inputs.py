@@ -44,7 +44,7 @@ def check_config(config: object) -> None:
         )
 
 
-def check_settings(model: nn.Module, configured: nn.Module) -> None:
+def check_as_configured(model: nn.Module, configured: nn.Module) -> None:
     """Raises ValueError if an activation, eps or head size is not that of `configured`, a model by the config.
 
     (Which is all that files can say of these.)

@@ -11,7 +11,7 @@ from torch.utils._pytree import _register_namedtuple
 from minibert.attention import ATTENTION_FUNCTIONS, expand_mask
 from minibert.config import BertConfig
 from minibert.embeddings import Embeddings
-from minibert.inputs import check_config, check_dtype, check_inputs, check_settings, states_and_weights
+from minibert.inputs import check_as_configured, check_config, check_dtype, check_inputs, states_and_weights
 from minibert.layers import EncoderLayer, Pooler
 from minibert.meta_device import without_numbers
 from minibert.packing import PaddedBatch
@@ -213,7 +213,7 @@ class BertModel(nn.Module):
             )
         with without_numbers():
             as_configured = BertModel(self.config, add_pooling_layer=self.pooler is not None)
-        check_settings(self, as_configured)
+        check_as_configured(self, as_configured)
         shapes = {name: parameter.shape for name, parameter in as_configured.named_parameters()}
         save_checkpoint(directory, self.config.to_dict(), self.state_dict(), shapes, other_files)
 
