@@ -30,9 +30,8 @@ class Family:
     def to_ours(self, published: str) -> str | None:
         """Our key, or None when the table has no such key. Both `bert.x` and bare `x` map."""
         key = published.removeprefix(self.prefix)
-        for legacy, current in LEGACY_SUFFIXES.items():
-            if key.endswith(legacy):
-                key = key.removesuffix(legacy) + current
+        for legacy, current in LEGACY_NAMES.items():
+            key = key.replace(legacy, current)
         return _rename(key, {theirs: ours for ours, theirs in self.modules.items()})
 
     def to_published(self, ours: str) -> str:
@@ -66,7 +65,7 @@ def _rename(key: str, modules: Mapping[str, str]) -> str | None:
 
 
 # The names TensorFlow's LayerNorm left behind in the first published files.
-LEGACY_SUFFIXES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+LEGACY_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 # Left out on purpose: they are not part of the encoder.
 IGNORED = (
