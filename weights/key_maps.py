@@ -75,6 +75,12 @@ IGNORED = (
     r"(.*\.)?embeddings\.(position_ids|token_type_ids)",  # constants that old versions saved
 )
 
+
+def is_ignored(published: str) -> bool:
+    """Whether this key is left out on purpose (see `IGNORED`)."""
+    return any(re.fullmatch(pattern, published) for pattern in IGNORED)
+
+
 FAMILIES: Mapping[str, Family] = {
     "bert": Family(
         architecture="BertModel",
@@ -124,8 +130,3 @@ FAMILIES: Mapping[str, Family] = {
         defaults={"num_hidden_layers": 6},
     ),
 }
-
-
-def is_ignored(published: str) -> bool:
-    """Whether this key is left out on purpose (see `IGNORED`)."""
-    return any(re.fullmatch(pattern, published) for pattern in IGNORED)
