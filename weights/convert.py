@@ -31,17 +31,15 @@ def convert(name_or_path: str | Path, directory: str | Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"{source} has no {path.name} to convert")
     try:
-        reason = why_no_weights(path)
-        published = None if reason else torch.load(path, map_location="cpu", weights_only=True)
+        published = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # a damaged pickle can raise anything, with advice that is not ours
-        raise CheckpointError(
-            f"{path} cannot be read as tensors ({type(error).__name__}): it is cut off (fetch it again), or "
-            "holds more than tensors"
-        ) from error
-    if reason:
-        raise CheckpointError(f"{path} {reason}")
+        reason = why_no_weights(path) or (
+            f"cannot be read as tensors ({type(error).__name__}): it is cut off (fetch it again), or holds "
+            "more than tensors"
+        )
+        raise CheckpointError(f"{path} {reason}") from error
     if not isinstance(published, dict):
         raise CheckpointError(f"{path} holds a {type(published).__name__}, not named tensors")
     for key, tensor in published.items():
