@@ -42,7 +42,7 @@ from minibert.memory import is_out_of_memory, keep_freed_memory
 from minibert.modes import evaluating
 from minibert.onednn import onednn_products
 from weights import resolve
-from weights.checkpoint import HEADS
+from weights.safetensors_files import HEADS
 
 WIDTHS = (256, 128)  # of the first task's head, of every other's
 EXAMPLES = (

@@ -21,10 +21,9 @@ from minibert.sentence_encoder import check_batch_size, has_plain_forward
 from minibert.tokenizer import as_list, check_tokenizer
 from minibert.wrapped import bert_inside, uncompiled
 from weights import CheckpointError, resolve
-from weights.checkpoint import HEADS
 from weights.hub import MODULES, TOKENIZER_FILES
 from weights.json_files import read_json, to_json
-from weights.safetensors_files import read_file
+from weights.safetensors_files import HEADS, read_file
 
 TENSORS = "heads.safetensors"
 BATCH_SIZE = 64  # where nothing is learned and nobody says

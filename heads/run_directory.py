@@ -23,10 +23,9 @@ from torch import Tensor
 from heads.multitask import MultiTaskModel
 from heads.training_state import Progress
 from weights import CheckpointError
-from weights.checkpoint import HEADS
 from weights.json_files import read_json, to_json
 from weights.locks import locked
-from weights.safetensors_files import read_file, write_directory
+from weights.safetensors_files import HEADS, read_file, write_directory
 
 PROGRESS = "training.json"
 STATE = "training.safetensors"

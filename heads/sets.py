@@ -8,7 +8,7 @@ from pathlib import Path
 from heads.data import dummy_examples, normalized, stratified_split
 from heads.options import Options
 from heads.tables import DEMO, SPLITS, DataError, Example, read_examples
-from weights.checkpoint import HEADS
+from weights.safetensors_files import HEADS
 
 
 def read_sets(options: Options) -> tuple[dict[str, list[Example]], list[str]]:

@@ -14,7 +14,6 @@ from weights.json_files import CheckpointError, read_config, to_json
 from weights.key_maps import FAMILIES, is_ignored
 from weights.safetensors_files import SINGLE, as_directory, read_tensors, write_directory
 
-HEADS = "heads.json"  # which a MultiTaskModel writes beside its encoder
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that a model may be in
 LISTED = 12  # so many problems of a kind are named in an error
 
@@ -155,15 +154,7 @@ def save_checkpoint(
         "dtype": str(dtype).removeprefix("torch."),
     }
     files = {SINGLE: published, "config.json": to_json(written), **(other_files or {})}
-    write_directory(directory, files, None if HEADS in files else refuse_heads)
-
-
-def refuse_heads(directory: Path) -> None:
-    """Raises CheckpointError if a directory to save into holds heads, which would stand on another encoder."""
-    if (directory / HEADS).exists():
-        raise CheckpointError(
-            f"{directory} holds heads of another encoder: give another directory, or remove its {HEADS}"
-        )
+    write_directory(directory, files)
 
 
 def _shape(shape: torch.Size | None) -> str:

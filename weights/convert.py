@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weights.checkpoint import refuse, refuse_heads, with_our_names
+from weights.checkpoint import refuse, with_our_names
 from weights.hub import SMALL_FILES, resolve
 from weights.json_files import CheckpointError, read_config, read_json, to_json
 from weights.safetensors_files import PICKLE, SINGLE, as_directory, why_no_weights, write_directory
@@ -54,4 +54,4 @@ def convert(name_or_path: str | Path, directory: str | Path) -> None:
     paths = {name: source / name for name in SMALL_FILES}
     others = {name: path.read_bytes() if path.is_file() else None for name, path in paths.items()}
     files = {SINGLE: tensors, "config.json": to_json(settings), **others}
-    write_directory(directory, files, refuse_heads)
+    write_directory(directory, files)

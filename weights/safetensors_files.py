@@ -8,7 +8,7 @@ Format: 8 bytes little-endian header length, a JSON header, then the raw tensors
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from weights.locks import taking_turns
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
+HEADS = "heads.json"  # which a MultiTaskModel writes beside its encoder
 NOT_LOADED = (PICKLE, "pytorch_model.bin.index.json", "tf_model.h5", "model.ckpt.index")
 
 
@@ -135,11 +136,7 @@ def as_directory(directory: str | Path) -> Path:
     return Path(directory)
 
 
-def write_directory(
-    directory: Path,
-    files: Mapping[str, bytes | Mapping[str, Tensor] | None],
-    refuse: Callable[[Path], None] | None = None,
-) -> None:
+def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Tensor] | None]) -> None:
     """Writes files (relative name -> bytes, or tensors as safetensors); if one cannot be, none changes.
 
     None means that there is to be no file of this name: one of an earlier model is removed.
@@ -147,11 +144,11 @@ def write_directory(
     Everything is written and flushed to a temporary place first. A new directory then appears in one
     rename. In an existing one a single file is replaced whole; of several the old ones are put aside before
     the new ones come, config.json being the first to go and the last to come: without it nobody loads some
-    old and some new ones. Processes that save into one directory take turns. `refuse` raises if the directory
-    is not to be written to; it is asked before the work and again in our turn.
+    old and some new ones. Processes that save into one directory take turns.
 
     Raises:
-        CheckpointError: the destination cannot be written.
+        CheckpointError: the destination cannot be written, or holds heads, which would stand on another
+            encoder.
         TypeError: neither bytes nor tensors.
     """
     directory = Path(os.path.realpath(directory))  # `..` and links have no place to rename to
@@ -163,8 +160,6 @@ def write_directory(
         tensors = content.values() if isinstance(content, Mapping) else []
         if not isinstance(content, bytes | Mapping | None) or not all(isinstance(t, Tensor) for t in tensors):
             raise TypeError(f"{name} is a {type(content).__name__}, it must be bytes, or tensors by name")
-    refuse = refuse or (lambda _: None)
-    refuse(directory)
     place = directory if directory.is_dir() else directory.parent  # on the same file system in either case
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -174,7 +169,6 @@ def write_directory(
                     _write(fresh / name, content)
             if not _renamed(fresh, directory):
                 with taking_turns(directory):
-                    refuse(directory)
                     _exchange(fresh, directory, list(files))
     except (OSError, SafetensorError) as error:  # a full disk comes as the latter
         raise CheckpointError(f"{directory} cannot be written: {error}") from error
@@ -195,6 +189,10 @@ def _renamed(fresh: Path, directory: Path) -> bool:
 
 def _exchange(fresh: Path, directory: Path, names: list[str]) -> None:
     """Puts the files of `fresh` in the place of the old ones; if one cannot be, all old ones come back."""
+    if SINGLE in names and HEADS not in names and (directory / HEADS).exists():
+        raise CheckpointError(
+            f"{directory} holds heads of another encoder: give another directory, or remove its {HEADS}"
+        )
     if len(names) == 1 and (fresh / names[0]).exists():
         (fresh / names[0]).replace(directory / names[0])  # at no moment is there none
         return
