@@ -8,8 +8,7 @@ Format: 8 bytes little-endian header length, a JSON header, then the raw tensors
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -161,15 +160,20 @@ def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Te
         if not isinstance(content, bytes | Mapping | None) or not all(isinstance(t, Tensor) for t in tensors):
             raise TypeError(f"{name} is a {type(content).__name__}, it must be bytes, or tensors by name")
     place = directory if directory.is_dir() else directory.parent  # on the same file system in either case
+    # not tempfile's: on Windows what is moved out of one can be read by its owner alone
+    fresh = place / f".saving-{os.urandom(4).hex()}"
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with _staging(place) as fresh:
+        fresh.mkdir()
+        try:
             for name, content in files.items():
                 if content is not None:
                     _write(fresh / name, content)
             if not _renamed(fresh, directory):
                 with taking_turns(directory):
                     _exchange(fresh, directory, list(files))
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # a full disk comes as the latter
         raise CheckpointError(f"{directory} cannot be written: {error}") from error
 
@@ -223,20 +227,6 @@ def _move(name: str, source: Path, target: Path) -> None:
     if os.path.lexists(source / name):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).replace(target / name)
-
-
-@contextmanager
-def _staging(place: Path) -> Iterator[Path]:
-    """A new directory in `place`, gone in the end.
-
-    Not tempfile's: on Windows what is moved out of one can be read by its owner alone.
-    """
-    staging = place / f".saving-{os.urandom(4).hex()}"
-    staging.mkdir()
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write(path: Path, content: bytes | Mapping[str, Tensor]) -> None:
