@@ -111,10 +111,9 @@ def _from_vocabulary(path: Path) -> tokenizers.models.WordPiece:
     from tokenizers import models
 
     try:
-        vocabulary = models.WordPiece.read_file(str(path))
+        return models.WordPiece.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    return models.WordPiece(vocabulary)
 
 
 def _bert_tokenizer(
