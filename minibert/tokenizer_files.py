@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 # BERT's, and in which order transformers adds those that a vocabulary lacks
 SPECIAL_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
 NAMED_TOKENS = ("bos_token", "eos_token", *SPECIAL_TOKENS)
-WORDPIECE = {
-    "type": "WordPiece",
+WORDPIECE = {  # BERT's settings of it; no other model has all three
     "unk_token": "[UNK]",
     "continuing_subword_prefix": "##",
     "max_input_chars_per_word": 100,
@@ -70,7 +69,7 @@ def read_tokenizer(directory: Path, settings: Mapping[str, Any]) -> tuple[tokeni
         raise CheckpointError(f"{directory} has no tokenizer: neither tokenizer.json nor vocab.txt")
     if path.name == "tokenizer.json":
         backend = _from_tokenizer_json(path, settings)
-        is_bert = is_bert and type(backend.model).__name__ == WORDPIECE["type"]
+        is_bert = is_bert and isinstance(backend.model, tokenizers.models.WordPiece)
     elif is_bert:
         backend = tokenizers.Tokenizer(_from_vocabulary(path))
     else:
@@ -122,14 +121,12 @@ def _bert_tokenizer(
     """A BertTokenizer, of which only the vocabulary is given."""
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
-    backend = Tokenizer(model)
-    ids: dict[str, Any] = {token: backend.token_to_id(token) for token in ("[SEP]", "[PAD]", "[CLS]")}
-    ids["[UNK]"] = backend.model.token_to_id("[UNK]")
+    ids: dict[str, Any] = {token: model.token_to_id(token) for token in ("[SEP]", "[PAD]", "[CLS]", "[UNK]")}
     if missing := [token for token, number in ids.items() if number is None]:
         raise CheckpointError(f"{path} lacks the tokens {', '.join(missing)}: it is not BERT's vocabulary")
     for name, value in WORDPIECE.items():
-        if name != "type":
-            setattr(backend.model, name, value)
+        setattr(model, name, value)
+    backend = Tokenizer(model)
     backend.normalizer = normalizers.BertNormalizer(
         lowercase=settings.get("do_lower_case", True),
         strip_accents=settings.get("strip_accents"),
