@@ -4,6 +4,7 @@ import errno
 import hashlib
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def resolve(name_or_path: str | Path) -> Path:
         if isinstance(error, PermissionError) or os.path.isdir(path):  # noqa: PTH112
             raise ModelNotFoundError(f"{path} cannot be read: {error.strerror}") from error
     entry = find(name)
-    if entry is None and not _is_repo_id(name):
+    if entry is None and not re.fullmatch(r"[^./~][^/]*/[^/]+", name):  # org/name, and no path
         known = ", ".join(e.name for e in CATALOG)
         raise ModelNotFoundError(
             f"no model {name!r}: it is neither a directory here, nor one of {known}, "
@@ -87,11 +88,6 @@ def on_disk(name: str, whole: bool = True) -> Path | None:
             return candidate
     pinned = entry.file if entry else SINGLE
     return next((s for s in _cached_snapshots(name) if _can_be_used(s, pinned, whole)), None)
-
-
-def _is_repo_id(name: str) -> bool:
-    owner, slash, repo = name.partition("/")
-    return bool(owner and slash and repo) and not name.startswith((".", "/", "~")) and "/" not in repo
 
 
 def _carriers(entry: CatalogEntry) -> Iterator[Path]:
