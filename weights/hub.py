@@ -132,53 +132,6 @@ def _has_shards(snapshot: Path) -> bool:
         return False
 
 
-def fetch_pooling(directory: Path) -> bool:
-    """Adds the files that say how to pool to a cached snapshot that transformers fetched without them.
-
-    Asks the hub once: the cache notes what it does not have. Of other directories nothing is asked.
-
-    Returns:
-        False if the hub could not be asked.
-    """
-    storage = directory.parent.parent
-    if directory.parent.name != "snapshots" or not storage.name.startswith("models--"):
-        return True
-    repo, commit = storage.name.removeprefix("models--").replace("--", "/"), directory.name
-    known_absent = storage / ".no_exist" / commit / MODULES
-    entry = find(repo)
-    if (directory / MODULES).is_file() or known_absent.is_file() or (entry and not entry.pooled):
-        return True
-    try:
-        _ask(repo, commit)
-        for file in POOLING_FILES:
-            _fetch_first(repo, commit, file, cache=storage.parent)
-    except Exception:  # whatever the reason is, the model can be loaded without
-        return False
-    return True
-
-
-def _ask(repo: str, revision: str) -> None:
-    """Raises where the hub has no such model, or cannot be reached: a download would first retry for long."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision))
-
-
-def _fetch_first(repo: str, revision: str, *files: str, cache: Path | None = None) -> Path | None:
-    """The first of these files that the hub has."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    for file in files:
-        try:
-            return Path(hf_hub_download(repo, file, revision=revision, cache_dir=cache))
-        except LocalEntryNotFoundError:  # not "absent there": the hub could not be asked
-            raise
-        except EntryNotFoundError:
-            continue
-    return None
-
-
 def download(name: str) -> Path:
     """Fetches a catalog name or `org/name` into the Hugging Face cache and checks pinned digests.
 
@@ -224,6 +177,28 @@ def download(name: str) -> Path:
     return snapshot
 
 
+def _ask(repo: str, revision: str) -> None:
+    """Raises where the hub has no such model, or cannot be reached: a download would first retry for long."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision))
+
+
+def _fetch_first(repo: str, revision: str, *files: str, cache: Path | None = None) -> Path | None:
+    """The first of these files that the hub has."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    for file in files:
+        try:
+            return Path(hf_hub_download(repo, file, revision=revision, cache_dir=cache))
+        except LocalEntryNotFoundError:  # not "absent there": the hub could not be asked
+            raise
+        except EntryNotFoundError:
+            continue
+    return None
+
+
 def _not_found(name: str, error: Exception) -> ModelNotFoundError:
     carriers = (e for e in CATALOG if e.carrier and e.name != name)
     ways = [
@@ -265,3 +240,28 @@ def verify(directory: Path, entry: CatalogEntry) -> None:
             f"{file} is not the published {entry.name}: its sha256 is {digest}, the catalog pins "
             f"{entry.sha256}; remove {file.resolve()} and fetch it again"
         )
+
+
+def fetch_pooling(directory: Path) -> bool:
+    """Adds the files that say how to pool to a cached snapshot that transformers fetched without them.
+
+    Asks the hub once: the cache notes what it does not have. Of other directories nothing is asked.
+
+    Returns:
+        False if the hub could not be asked.
+    """
+    storage = directory.parent.parent
+    if directory.parent.name != "snapshots" or not storage.name.startswith("models--"):
+        return True
+    repo, commit = storage.name.removeprefix("models--").replace("--", "/"), directory.name
+    known_absent = storage / ".no_exist" / commit / MODULES
+    entry = find(repo)
+    if (directory / MODULES).is_file() or known_absent.is_file() or (entry and not entry.pooled):
+        return True
+    try:
+        _ask(repo, commit)
+        for file in POOLING_FILES:
+            _fetch_first(repo, commit, file, cache=storage.parent)
+    except Exception:  # whatever the reason is, the model can be loaded without
+        return False
+    return True
