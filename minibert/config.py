@@ -45,10 +45,8 @@ class BertConfig:
     pad_token_id: int | None = 0
 
     def __post_init__(self) -> None:
-        problems = self._field_problems()
-        if not problems:  # only sound fields can be compared with each other
-            problems = self._contradictions()
-        if problems:
+        # only sound fields can be compared with each other
+        if problems := self._field_problems() or self._contradictions():
             raise ValueError("; ".join(problems))
 
     def _field_problems(self) -> list[str]:
