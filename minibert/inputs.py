@@ -91,8 +91,8 @@ def holds(condition: object) -> bool:
         return False
 
 
-def check_states(states: Tensor) -> None:
-    """Raises TypeError or ValueError unless these can be a model's `last_hidden_state`, (B, T, H)."""
+def check_states(states: Tensor, mask: Tensor) -> None:
+    """Raises TypeError or ValueError unless these can be a `last_hidden_state`, (B, T, H), and its mask."""
     if not isinstance(states, Tensor):
         hint = ": give its .last_hidden_state" * hasattr(states, "last_hidden_state")
         raise TypeError(f"last_hidden_state is a {full_name(states)}, it must be a tensor{hint}")
@@ -100,6 +100,7 @@ def check_states(states: Tensor) -> None:
         raise ValueError(
             f"last_hidden_state has shape {tuple(states.shape)}, it must be (batch, tokens, hidden size)"
         )
+    check_mask(mask, states.shape[:2])
 
 
 def states_and_weights(part: str, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:

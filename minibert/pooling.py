@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from minibert.inputs import check_mask, check_states
+from minibert.inputs import check_states
 
 
 def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
@@ -16,8 +16,7 @@ def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
         TypeError, ValueError: no tensor of three axes, or a mask of another shape, or with values other than
             0, 1 and booleans.
     """
-    check_states(last_hidden_state)
-    check_mask(attention_mask, last_hidden_state.shape[:2])
+    check_states(last_hidden_state, attention_mask)
     mask = attention_mask.unsqueeze(-1).float()  # (B, T, 1)
     return (last_hidden_state * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
 
@@ -27,8 +26,7 @@ def cls_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
 
     Shapes, dtypes and errors as `mean_pooling`.
     """
-    check_states(last_hidden_state)
-    check_mask(attention_mask, last_hidden_state.shape[:2])
+    check_states(last_hidden_state, attention_mask)
     first = attention_mask.int().argmax(1)  # (B,), 0 unless padded on the left
     rows = torch.arange(first.shape[0], device=first.device)  # (B,)
     wide = torch.promote_types(last_hidden_state.dtype, torch.float32)
