@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minibert.sentence_encoder import SentenceEncoder
+from minibert.sentence_encoder import SentenceEncoder, check_batch_size
 from minibert.text_lines import Lines, read_lines
 from weights.json_files import read_json, to_json
 from weights.locks import locked
@@ -77,6 +77,7 @@ def encode_file(
             another process is at it; an encoder whose vectors are not as wide as its model's states.
         OSError: a file cannot be read or written, or the disk has no room for the whole array.
     """
+    check_batch_size(batch_size)
     text, output = Path(text), Path(output)
     version = _version(text)
     lines, digest = _scan(text)

@@ -229,8 +229,10 @@ class SentenceEncoder(nn.Module):
 
         Only one block of sentences is held (on a GPU, and one read ahead).
         """
-        blocks = self.blocks_and_cuts(sentences, batch_size, normalize_embeddings, show_progress_bar)
-        return self._with_a_warning(blocks)
+        check_batch_size(batch_size)
+        texts = as_iterable(sentences)
+        normalize = self.normalize_embeddings if normalize_embeddings is None else normalize_embeddings
+        return self._with_a_warning(self.blocks_and_cuts(texts, batch_size, normalize, show_progress_bar))
 
     def _with_a_warning(self, blocks: Iterable[tuple[Tensor, int]]) -> Iterator[Tensor]:
         done, cut = 0, 0
@@ -242,20 +244,12 @@ class SentenceEncoder(nn.Module):
 
     def blocks_and_cuts(
         self,
-        sentences: str | Iterable[str],
-        batch_size: int | None = None,
-        normalize_embeddings: bool | None = None,
+        texts: Iterable[str],
+        batch_size: int | None,
+        normalize: bool,
         show_progress_bar: bool | None = None,
     ) -> Iterator[tuple[Tensor, int]]:
         """As `encode_blocks`, with how many texts of each block were cut, without a warning."""
-        check_batch_size(batch_size)
-        texts = as_iterable(sentences)
-        normalize = self.normalize_embeddings if normalize_embeddings is None else normalize_embeddings
-        return self._blocks_and_cuts(texts, batch_size, normalize, show_progress_bar)
-
-    def _blocks_and_cuts(
-        self, texts: Iterable[str], batch_size: int | None, normalize: bool, show_progress_bar: bool | None
-    ) -> Iterator[tuple[Tensor, int]]:
         total = length_hint(texts) or None  # unlike `len` it takes a DataLoader that does not know
         tokenized = self._tokenize(texts)
         results = _one_ahead(tokenized) if self._on_gpu() else (call() for call in tokenized)
