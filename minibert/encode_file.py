@@ -238,12 +238,11 @@ def record_file(file: Path) -> Path:
 
 
 def _read_record(file: Path) -> dict[str, Any]:
-    record = read_json(record_file(file)) if record_file(file).is_file() else {}
-    for key in ("lines", "hidden_size", "start", "stop", "done", "cut"):
-        if type(record.get(key)) is not int:
-            raise ValueError(
-                f"{record_file(file)} is missing or damaged: remove {file.name} and encode it again"
-            )
+    record: dict[str, Any] = read_json(record_file(file)) if record_file(file).is_file() else {}
+    numbers = ("lines", "hidden_size", "start", "stop", "done", "cut")
+    complete = all(type(record.get(key)) is int for key in numbers)
+    if not complete or not 0 < record["done"] <= record["stop"] - record["start"]:
+        raise ValueError(f"{record_file(file)} is missing or damaged: remove {file.name} and encode it again")
     return record
 
 
@@ -258,19 +257,14 @@ def _rows_done(part: Path, task: dict[str, Any], resume: bool) -> tuple[int, int
     """How many rows of this task an earlier run has left, and of how many of them the texts were cut."""
     if not record_file(part).is_file():
         return 0, 0
-    record, rows = _read_record(part), task["stop"] - task["start"]
-    done: int = record["done"]
     if not resume:
+        record = _read_record(part)
         raise ValueError(
-            f"{part} holds {done} of {record['stop'] - record['start']} rows of a stopped run: "
+            f"{part} holds {record['done']} of {record['stop'] - record['start']} rows of a stopped run: "
             f"go on with it with --resume, or remove it and {record_file(part).name}"
         )
-    _matching_record(part, task)
-    if not 0 < done <= rows:
-        raise ValueError(
-            f"{record_file(part)} says that {done} of {rows} rows are done: remove it and {part.name}"
-        )
-    return done, record["cut"]
+    record = _matching_record(part, task)
+    return record["done"], record["cut"]
 
 
 def _matching_record(file: Path, task: dict[str, Any]) -> dict[str, Any]:
