@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,16 +220,14 @@ def _fingerprint(encoder: SentenceEncoder) -> str:
 
 def _tidy(part: Path, target: Path) -> None:
     """Finishes a `_publish` that was killed between its renames; removes a record whose array is gone."""
-    if record_file(part).is_file() and not part.is_file():
-        try:
+    if part.is_file():
+        return
+    if target.is_file() and not record_file(target).is_file():
+        with suppress(ValueError):  # none there, or damaged
             record = _read_record(part)
-            whole = record["done"] == record["stop"] - record["start"]
-        except ValueError:  # damaged
-            whole = False
-        if whole and target.is_file() and not record_file(target).is_file():
-            record_file(part).replace(record_file(target))
-        else:
-            record_file(part).unlink()
+            if record["done"] == record["stop"] - record["start"]:
+                record_file(part).replace(record_file(target))
+    record_file(part).unlink(missing_ok=True)
 
 
 def record_file(file: Path) -> Path:
