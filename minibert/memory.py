@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 LARGEST_BLOCK = 31 * 2**20  # bytes; glibc learns nothing from blocks above 32 MiB
-MADV_DONTNEED = 4  # <linux/mman.h>; what was written to a page would be lost
 # A number for each page of this process; its three highest bits: in memory, swapped out, a file's (proc(5)).
 PAGEMAP = Path("/proc/self/pagemap")
 FILE_ONLY = (0b000, 0b001, 0b101)  # never touched; not in memory; in memory
@@ -43,9 +42,8 @@ def release_memory(tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             first, end = -(-tensor.data_ptr() // page), (tensor.data_ptr() + tensor.nbytes) // page
             if tensor.is_cpu and first < end and _hold_only_a_file(table, first, end):
-                libc.madvise(
-                    ctypes.c_void_p(first * page), ctypes.c_size_t((end - first) * page), MADV_DONTNEED
-                )
+                size = ctypes.c_size_t((end - first) * page)
+                libc.madvise(ctypes.c_void_p(first * page), size, mmap.MADV_DONTNEED)
 
 
 def _hold_only_a_file(table: RawIOBase, first: int, end: int) -> bool:
