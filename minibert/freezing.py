@@ -268,7 +268,8 @@ def _is_same_group(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     has = {**old, "params": [id(parameter) for parameter in old["params"]]}
     rate = given.pop("lr", None)
     given.pop("plan_lr", None)
-    began = (old.get("initial_lr", old["lr"]), old.get("plan_lr", math.nan))  # the former is not always noted
-    makes_all = "max_lr" in old and "plan_lr" not in old  # OneCycleLR
-    stays = any(math.isclose(rate or 0, each, rel_tol=1e-6) for each in began)  # a tensor's rate has 24 bits
-    return (rate is None or stays or makes_all) and given.items() <= has.items()
+    if rate is not None and "plan_lr" in old:  # which OneCycleLR's groups have not
+        began = (old.get("initial_lr", old["lr"]), old["plan_lr"])  # the former is not always noted
+        if not any(math.isclose(rate, each, rel_tol=1e-6) for each in began):  # a tensor's rate has 24 bits
+            return False
+    return given.items() <= has.items()
