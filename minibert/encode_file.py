@@ -147,7 +147,7 @@ def merge(output: Path) -> int:
     """
     if output.suffix != ".npy":
         raise ValueError(f"cannot merge {output}: give FILE.npy as `encode -o` was given it")
-    shards, begun = _find_shards(output, output.suffix), _find_shards(output, f"{output.suffix}.part")
+    shards, begun = _find_shards(output, ".npy"), _find_shards(output, ".npy.part")
     counts = sorted({shard.count for shard in shards or begun})
     if not counts:
         raise ValueError(f"cannot merge {output}: no shards found, such as {Shard(1, 4).file(output)}")
@@ -291,7 +291,6 @@ def _matching_record(file: Path, task: dict[str, Any]) -> dict[str, Any]:
 
 def _create(file: Path, rows: int, width: int) -> None:
     """An array of zeros on the disk, all of whose room is taken now: a full disk is noticed before the work."""
-    record_file(file).unlink(missing_ok=True)  # of an earlier file of this name
     with whole_or_gone(file):
         np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(rows, width))
         if hasattr(os, "posix_fallocate"):
