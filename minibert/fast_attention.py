@@ -54,7 +54,8 @@ def onednn_attention(
     it is in; what lies in two pieces is computed twice, which costs less than a third piece.
     """
     batch, heads_of_each, length, head_size = query.shape
-    row = length + _softmax_filling(length, query.dtype)
+    # The softmax takes 32 numbers of bfloat16 at a time, the rest singly: a row is filled up where that pays.
+    row = length + (-length % 32 if query.dtype == torch.bfloat16 and length % 32 > 8 else 0)
     q, k, v = (states.transpose(0, 1).flatten(0, 1) for states in (query, key, value))  # (N * B, T, D)
     context = q.new_empty(q.shape)
     heads, starts = even_pieces(len(q), most=SCORES // (length * row))
@@ -69,11 +70,6 @@ def onednn_attention(
             torch.softmax(rows, -1, out=rows)
             torch.bmm(weights, some_v, out=some_context)
     return context.view(heads_of_each, batch, length, head_size).transpose(0, 1), None
-
-
-def _softmax_filling(length: int, dtype: torch.dtype) -> int:
-    """What a row is filled up by, where that pays: the softmax takes 32 numbers at a time, the rest singly."""
-    return -length % 32 if dtype == torch.bfloat16 and length % 32 > 8 else 0
 
 
 def even_pieces(total: int, most: int) -> tuple[int, list[int]]:
