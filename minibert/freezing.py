@@ -93,12 +93,13 @@ class FreezePlan:
         if not isinstance(self.spec, str):
             raise ValueError(f"spec is {self.spec!r}, give one of {STRATEGIES}")
         terms = self._terms()
-        known = GROUP if self._is_only() else STRATEGY
+        known, options = STRATEGY, f"give one of {STRATEGIES}"
+        if self._is_only():
+            known, options = GROUP, f"only: takes {GROUPS}"
         for term in terms:
             if not known.fullmatch(term):
-                options = f"only: takes {GROUPS}" if self._is_only() else f"give one of {STRATEGIES}"
                 raise ValueError(f"no freezing strategy {term!r} (in {self.spec!r}): {options}")
-        if len(terms) > 1 and not self._is_only() and (alone := {"none", "all"} & set(terms)):
+        if len(terms) > 1 and (alone := {"none", "all"} & set(terms)):
             raise ValueError(f"{alone.pop()!r} stands alone, it cannot be combined as in {self.spec!r}")
         for name in ("lr", "head_lr", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
