@@ -237,11 +237,11 @@ def _print_embeddings(sentences: list[str], embeddings: NDArray[np.float32]) -> 
         print(f"[{i}] {numbers} ...  {sentences[i]:.60}")
     if len(embeddings) > len(shown):
         print(f"... and {len(embeddings) - len(shown)} more")
-    lengths = (embeddings[: len(shown)] ** 2).sum(axis=1, keepdims=True) ** 0.5
-    units = embeddings[: len(shown)] / lengths.clip(min=1e-12)
+    first = embeddings[: len(shown)]
+    units = first / np.linalg.norm(first, axis=1, keepdims=True).clip(min=1e-12)
     print("\ncosine  " + " ".join(f"{f'[{i}]':>7}" for i in shown))
     for i in shown:
-        print(f"{f'[{i}]':>6}  " + " ".join(f"{units[i] @ units[j]:7.4f}" for j in shown))
+        print(f"{f'[{i}]':>6}  " + " ".join(f"{cosine:7.4f}" for cosine in units @ units[i]))
 
 
 def _print_written(output: Path, embeddings: NDArray[np.float32]) -> None:
