@@ -9,20 +9,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, groupby, repeat
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minibert.attention import AttentionFunction, sdpa_attention
 from minibert.config import BertConfig
 from minibert.fast_attention import choose_attention, has_varlen, varlen_attention
 from minibert.inputs import check_ids
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 GPU_ROWS = 256  # tokens on a GPU are filled up to a multiple of this; measured, see docs/performance.md
 
@@ -190,7 +188,7 @@ def _has_one_kernel(states: Tensor, dropout_p: float) -> bool:
     return states.is_cuda and not dropout_p and has_varlen(states.device, states.dtype, states.shape[2])
 
 
-def send(array: "NDArray[np.int64]", device: torch.device) -> Tensor:
+def send(array: NDArray[np.int64], device: torch.device) -> Tensor:
     """As a tensor on `device`; does not wait until a GPU has finished what it was given before.
 
     The copy is numpy's, by one thread: torch's would take all, which are tokenizing the next block.

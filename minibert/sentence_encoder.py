@@ -10,11 +10,12 @@ from functools import partial
 from itertools import groupby
 from operator import length_hint
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex, TypeVar, overload
+from typing import Any, Literal, Self, SupportsIndex, TypeVar, overload
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from minibert.fast_attention import has_varlen
@@ -31,9 +32,6 @@ from minibert.tokenizer import Tokenizer, as_iterable, check_tokenizer
 from minibert.wrapped import bert_inside
 from weights import resolve
 from weights.hub import SMALL_FILES
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 T = TypeVar("T")
 
