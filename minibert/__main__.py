@@ -1,7 +1,5 @@
 """python -m minibert encode | merge | fetch | convert | parity"""
 
-from __future__ import annotations
-
 import argparse
 import io
 import os

@@ -5,8 +5,6 @@ A group is trained as a whole or frozen as a whole. The pooler lies on no path t
 mean-pooled embeddings, so it is always left as it is.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import sys

@@ -3,8 +3,6 @@
 Imports transformers, as nothing else in the package does, and only when `run` is called.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, zip_longest
