@@ -121,7 +121,7 @@ def encode_file(
                 done += len(block)
                 cut += cut_here
             if done < stop - start or _version(text) != version:
-                record_file(part).unlink()  # nobody knows which rows are of which text
+                record_file(part).unlink(missing_ok=True)  # nobody knows which rows are of which text
                 raise ValueError(f"{text} was changed while it was read: encode it again")
         except BaseException as error:
             if not record_file(part).is_file():  # nothing to go on from

@@ -210,7 +210,8 @@ class SentenceEncoder(nn.Module):
         blocks = self.encode_blocks(sentences, batch_size, normalize_embeddings, show_progress_bar)
         if not convert_to_tensor:  # a GPU need not hold them all
             blocks = (block.float().cpu() for block in blocks)
-        embeddings = self._join(list(blocks))  # (n, H)
+        parts = [*blocks] or [self._zeros(0)]
+        embeddings = torch.cat(parts) if len(parts) > 1 else parts[0]  # (n, H)
         result = embeddings[0] if isinstance(sentences, str) else embeddings
         return result if convert_to_tensor else result.float().cpu().numpy()
 
@@ -318,18 +319,6 @@ class SentenceEncoder(nn.Module):
             for batch in in_batches(list(run), ids, batch_size, token_budget(config, device)):
                 input_ids = torch.tensor([ids[i] for i in batch], device=device)  # (batch, T)
                 yield batch, self(input_ids, torch.ones_like(input_ids))
-
-    def _join(self, blocks: list[Tensor]) -> Tensor:
-        """(n, H) of all; takes them off the list one by one, so that each is freed once it is copied."""
-        if len(blocks) < 2:
-            return blocks[0] if blocks else self._zeros(0)
-        embeddings = blocks[0].new_empty(sum(map(len, blocks)), blocks[0].shape[1])
-        row = 0
-        while blocks:
-            block = blocks.pop(0)
-            embeddings[row : row + len(block)] = block
-            row += len(block)
-        return embeddings
 
     def _zeros(self, rows: int, like: Tensor | None = None) -> Tensor:
         """(rows, H), float32 or wider; as wide as `like` or, if that is None, as the model's states."""

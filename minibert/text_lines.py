@@ -12,8 +12,9 @@ def decoded(name: str, stream: Iterable[bytes]) -> Iterator[str]:
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
+            byte = error.object[error.start]  # of a first line after its mark
             raise UnicodeError(
-                f"{name}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})"
+                f"{name}, line {number}: not UTF-8 (byte 0x{byte:02x} at position {error.start})"
             ) from error
 
 

@@ -687,6 +687,7 @@ def test_collapse_layers() -> None:
     assert collapse_layers(f"x.layer.{i}.y" for i in (0, 1, 10, 11, 2)) == [
         "x.layer.0-2,10-11.y"
     ]  # as in files
+    assert collapse_layers(["x.layer.².y"]) == ["x.layer.².y"]  # a digit to Python, and no number
 
 
 def test_half_a_pooler_is_missing_the_other_half(copy: Path) -> None:

@@ -168,6 +168,7 @@ def test_closed_streams(tmp_path: Path) -> None:
         (["--batch-size", "0", "a"], b"", "batch_size is 0, it must be an integer from 1 up"),
         (["-"], b"", "standard input is empty: nothing to encode"),
         (["-"], b"fine\nb\xe4d\n", "standard input, line 2: not UTF-8 (byte 0xe4 at position 1)"),
+        (["-"], b"\xef\xbb\xbfb\xe4d\n", "standard input, line 1: not UTF-8 (byte 0xe4 at position 1)"),
         (["a\udcff"], b"", "text 0 is not valid Unicode"),
         (["--model", "no-such-model", "a"], b"", "no model 'no-such-model'"),
         (["--device", "meta", "a"], b"", "--device meta: it must be auto, cpu, cuda or cuda:N"),

@@ -369,19 +369,24 @@ def test_a_stopped_run_counts_for_more_than_an_older_whole_one(
     assert_holds(text, small, LINES[::-1])
 
 
-@pytest.mark.parametrize("change", ["shorter", "other"])
+@pytest.mark.parametrize("shard", [[], ["--shard", "2/2"]], ids=["whole", "shard"])
+@pytest.mark.parametrize("lines", [LINES[:6], LINES[::-1]], ids=["shorter", "other"])
 def test_a_text_that_changes_meanwhile(
-    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str
+    small: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    lines: list[str],
+    shard: list[str],
 ) -> None:
     whole = sentence_encoder._read_block
-    lines = LINES[:6] if change == "shorter" else LINES[::-1]
 
     def read_block(texts: Iterator[str]) -> list[str]:
         text.write_text("\n".join(lines) + "\n")
         return whole(texts)
 
     monkeypatch.setattr(sentence_encoder, "_read_block", read_block)
-    assert encode(small, text) == 2
+    assert encode(small, text, *shard) == 2
     assert "in.txt was changed while it was read: encode it again" in capsys.readouterr().err
     assert files(text) == set()
 

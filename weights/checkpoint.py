@@ -176,7 +176,7 @@ def collapse_layers(lines: Iterable[str]) -> list[str]:
     for line in lines:
         before, marker, after = line.partition(".layer.")
         number, dot, rest = after.partition(".")
-        if marker and dot and number.isdigit():
+        if marker and dot and number.isdecimal():
             layers[f"{before}.layer.{{}}.{rest}"].append(int(number))
         else:
             layers[line] = []
