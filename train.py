@@ -145,11 +145,8 @@ def train(
 
         processes.from_first(write)
 
-    def interrupted() -> bool:
-        return any(processes.totals([float(len(caught))]))  # in any process
-
     def stop_if_interrupted() -> None:
-        if interrupted():
+        if any(processes.totals([len(caught)])):  # in any process
             save()
             raise KeyboardInterrupt(run.path)
 
@@ -180,10 +177,8 @@ def train(
                 shares = {task: count / processes.count for task, count in counts.items()}
                 with processes.autocast():
                     objective, losses, logits = parallel(mine, labels, sets["train"].depth, shares)
-                hits = [float((logits[task].argmax(1) == labels[task]).sum()) for task in labels]
-                *sums, signals = processes.totals(  # of all processes, in one exchange
-                    [*(loss.item() for loss in losses.values()), *hits, float(len(caught))]
-                )
+                hits = [float((logits[task].argmax(1) == labels[task]).sum()) for task in losses]
+                sums = processes.totals([*(loss.item() for loss in losses.values()), *hits])
                 means = {task: value / processes.count for task, value in zip(losses, sums, strict=False)}
                 hits = sums[len(losses) :]
                 for task, value in means.items():
@@ -202,10 +197,9 @@ def train(
                     run.log({**record, "losses": means})
                 bar.note(sum(means.values()), int(batch["attention_mask"].sum()))
                 bar.advance()
-                if signals or (options.save_every and progress.step % options.save_every == 0):
+                if options.save_every and progress.step % options.save_every == 0:
                     save()
-                if signals:
-                    raise KeyboardInterrupt(run.path)
+                stop_if_interrupted()
             bar.close()
             title = f"{title}, step {progress.step}{bar.speed()}"
 
@@ -221,8 +215,7 @@ def train(
                 print_epoch(title, record, majority_accuracies(sets, "validation"))
             if stop:
                 break
-            if interrupted():
-                raise KeyboardInterrupt(run.path)
+            stop_if_interrupted()
 
 
 def all_batches(options: Options, dataset: SentenceDataset) -> list[list[list[int]]]:
