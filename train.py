@@ -178,9 +178,8 @@ def train(
                 with processes.autocast():
                     objective, losses, logits = parallel(mine, labels, sets["train"].depth, shares)
                 hits = [float((logits[task].argmax(1) == labels[task]).sum()) for task in losses]
-                sums = processes.totals([*(loss.item() for loss in losses.values()), *hits])
-                means = {task: value / processes.count for task, value in zip(losses, sums, strict=False)}
-                hits = sums[len(losses) :]
+                sums = processes.totals([loss.item() for loss in losses.values()])
+                means = {task: value / processes.count for task, value in zip(losses, sums, strict=True)}
                 for task, value in means.items():
                     check_finite(f"loss of {task}", value, record)
                 objective.backward()
@@ -191,7 +190,7 @@ def train(
 
                 progress.step += 1
                 progress.batch += 1
-                for (task, mean), hit in zip(means.items(), hits, strict=True):
+                for (task, mean), hit in zip(means.items(), processes.totals(hits), strict=True):
                     progress.count(task, mean * counts[task], hit, counts[task])
                 if processes.is_first:
                     run.log({**record, "losses": means})
