@@ -64,16 +64,14 @@ class Processes:
         """
         if self.count == 1:
             return compute()
-        error = None
         box = [None, False]  # the value, whether there is one
         if self.is_first:
             try:
                 box = [compute(), True]
-            except Exception as caught:
-                error = caught
+            except Exception:
+                dist.broadcast_object_list(box, device=self.device)
+                raise
         dist.broadcast_object_list(box, device=self.device)
-        if error is not None:
-            raise error
         if not box[1]:
             raise FirstFailedError("the first process failed, and has said why")
         return box[0]
