@@ -16,32 +16,20 @@ from minibert.fast_inference import FastModel, run_texts
 from minibert.fused_layers import is_untouched
 from minibert.inputs import check_inputs
 
-
-def lower(model: MultiTaskModel, input_ids: Tensor, attention_mask: Tensor, depth: int) -> Tensor:
-    """The embeddings and the lowest `depth` layers: (B, T) -> (B, T, H), or (B, H) if these are all."""
-    check_inputs(model.encoder.config, input_ids, attention_mask, None)
-    hidden = model.encoder.embeddings(input_ids)  # (B, T, H)
-    for output, _ in model.encoder.run_layers(hidden, attention_mask, stop=depth):
-        hidden = output
-    return mean_pooling(hidden, attention_mask) if depth == len(model.encoder.layers) else hidden
-
-
-def upper(model: MultiTaskModel, features: Tensor, attention_mask: Tensor, depth: int) -> MultiTaskOutput:
-    """The rest: `upper(lower(...))` is what the model computes."""
-    if depth == len(model.encoder.layers):
-        return model.classify(features)
-    hidden = features  # (B, T, H)
-    for output, _ in model.encoder.run_layers(features, attention_mask, start=depth):
-        hidden = output
-    return model.classify(mean_pooling(hidden, attention_mask))
+Part = tuple[Sequence[int], Iterable[Tensor]]  # some sentences and the features of each, (T, H) or (H,)
 
 
 def compute(model: MultiTaskModel, batch: Mapping[str, Tensor], depth: int | None) -> MultiTaskOutput:
     """The model on a `SentenceDataset.collate` batch: all of it, or what lies above features of this depth."""
-    if depth is not None:
-        return upper(model, batch["features"], batch["attention_mask"], depth)
-    output: MultiTaskOutput = model(batch["input_ids"], batch["attention_mask"])
-    return output
+    mask = batch["attention_mask"]
+    if depth is None:
+        return model(batch["input_ids"], mask)  # type: ignore[no-any-return]
+    hidden = batch["features"]
+    if depth == len(model.encoder.layers):
+        return model.classify(hidden)  # (B, H)
+    for output, _ in model.encoder.run_layers(hidden, mask, start=depth):
+        hidden = output  # (B, T, H)
+    return model.classify(mean_pooling(hidden, mask))
 
 
 def size_in_bytes(model: MultiTaskModel, dataset: SentenceDataset, depth: int) -> int:
@@ -63,42 +51,46 @@ def fill(
     are others, they agree to rounding. Packed attention never gives the reference's numbers, so there the
     sentences are batched as is fastest.
     """
-    pooled = depth == len(model.encoder.layers)
-    packed = model.encoder.attention == "packed" and is_untouched(model.encoder)
-    fast = _fast_encoder(model.encoder, depth) if packed else None
+    encoder = model.encoder
+    pooled = depth == len(encoder.layers)
+    fast = None
+    if encoder.attention == "packed" and is_untouched(encoder):
+        kind = encoder.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        fast = FastModel(encoder, dtype, layers=depth)
     for dataset, batches in sets.items():
         dataset.forget_features()
         features: dict[int, Tensor] = {}
-        for some in _packed(fast, dataset, pooled) if fast else _padded(model, dataset, batches, depth):
-            features |= some
-            yield len(some)
+        parts = _packed(fast, dataset, pooled) if fast else _padded(encoder, dataset, batches, depth)
+        for batch, rows in parts:
+            features |= {i: row.clone() for i, row in zip(batch, rows, strict=True)}
+            yield len(batch)
         dataset.features, dataset.depth = [features[i] for i in range(len(dataset))], depth
 
 
 def _padded(
-    model: MultiTaskModel, dataset: SentenceDataset, batches: Sequence[Sequence[int]], depth: int
-) -> Iterator[dict[int, Tensor]]:
-    device = model.encoder.device
+    encoder: BertModel, dataset: SentenceDataset, batches: Sequence[Sequence[int]], depth: int
+) -> Iterator[Part]:
     rest = sorted(set(range(len(dataset))).difference(*batches), key=lambda i: len(dataset.ids[i]))
     for batch in [*batches, *(rest[i : i + BATCH_SIZE] for i in range(0, len(rest), BATCH_SIZE))]:
         inputs = dataset.collate(batch)
-        hidden = lower(model, inputs["input_ids"].to(device), inputs["attention_mask"].to(device), depth)
-        rows = zip(batch, hidden.cpu(), strict=True)
-        yield {i: (row[: len(dataset.ids[i])] if row.dim() == 2 else row).clone() for i, row in rows}
+        input_ids, mask = (inputs[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
+        check_inputs(encoder.config, input_ids, mask, None)
+        hidden = encoder.embeddings(input_ids)  # (B, T, H)
+        for output, _ in encoder.run_layers(hidden, mask, stop=depth):
+            hidden = output
+        if depth == len(encoder.layers):
+            yield batch, mean_pooling(hidden, mask).cpu()
+        else:
+            yield batch, [row[: len(dataset.ids[i])] for i, row in zip(batch, hidden.cpu(), strict=True)]
 
 
-def _packed(fast: FastModel, dataset: SentenceDataset, pooled: bool) -> Iterator[dict[int, Tensor]]:
-    nothing = torch.zeros(0, fast.config.hidden_size)  # (0, H), of a text without any token
-    yield {i: nothing.sum(0) if pooled else nothing for i, row in enumerate(dataset.ids) if not row}
+def _packed(fast: FastModel, dataset: SentenceDataset, pooled: bool) -> Iterator[Part]:
+    empty = [i for i, row in enumerate(dataset.ids) if not row]
+    nothing = torch.zeros(0, fast.config.hidden_size)  # (0, H)
+    yield empty, [nothing.sum(0) if pooled else nothing] * len(empty)
     for batch, packing, hidden in run_texts(fast, dataset.ids):
         if pooled:
-            rows: Iterable[Tensor] = packing.mean(hidden).cpu()  # (H,) each
+            yield batch, packing.mean(hidden).cpu()
         else:
-            rows = (text for run in packing.split(hidden.cpu()) for text in run)  # (T, H) each
-        yield {i: row.clone() for i, row in zip(batch, rows, strict=True)}
-
-
-def _fast_encoder(encoder: BertModel, depth: int) -> FastModel:
-    kind = encoder.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return FastModel(encoder, dtype, layers=depth)
+            yield batch, [text for run in packing.split(hidden.cpu()) for text in run]
