@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from heads import MISSING, MLPHead, MultiTaskLoss, MultiTaskModel
 from heads.data import SentenceDataset, epoch_batches, fingerprint, label_names
-from heads.evaluation import evaluate, evaluation_batches, majority_accuracies, score
+from heads.evaluation import evaluate, majority_accuracies, score
 from heads.features import compute, fill, size_in_bytes
 from heads.options import Options, read_options
 from heads.processes import FirstFailedError, Processes, catching_interrupts
@@ -277,7 +277,7 @@ def cache_features(
     needed = size_in_bytes(model, train, depth) + size_in_bytes(model, validation, depth)
     if needed <= options.feature_cache_mb * 1e6:
         with evaluating(model), processes.autocast():
-            batches = {train: epochs[depths.index(depth)], validation: evaluation_batches(validation)}
+            batches = {train: epochs[depths.index(depth)], validation: []}  # of the latter those of `evaluate`
             bar = Bar("frozen layers", "sentence", len(train) + len(validation), hidden=not processes.is_first)
             for sentences in fill(model, batches, depth):
                 bar.advance(sentences)

@@ -7,18 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from heads.data import SentenceDataset
+from heads.data import SentenceDataset, sorted_batches
 from heads.features import compute
 from heads.metrics import TaskMetrics, majority
-from heads.multitask import BATCH_SIZE, MultiTaskModel
+from heads.multitask import MultiTaskModel
 from heads.processes import Processes
 from minibert.modes import evaluating
-
-
-def evaluation_batches(dataset: SentenceDataset) -> list[list[int]]:
-    """All sentences once, sorted by length."""
-    order = sorted(range(len(dataset)), key=lambda i: len(dataset.ids[i]))
-    return [order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]
 
 
 def evaluate(model: MultiTaskModel, dataset: SentenceDataset, processes: Processes) -> dict[str, TaskMetrics]:
@@ -30,7 +24,7 @@ def evaluate(model: MultiTaskModel, dataset: SentenceDataset, processes: Process
     logits: dict[str, list[Tensor]] = {task: [] for task in model.heads}
     labels: dict[str, list[Tensor]] = {task: [] for task in model.heads}
     with evaluating(model), processes.autocast():
-        for indices in evaluation_batches(dataset):
+        for indices in sorted_batches(dataset, range(len(dataset))):
             batch = {name: tensor.to(processes.device) for name, tensor in dataset.collate(indices).items()}
             output = compute(model, batch, dataset.depth)
             for task in model.heads:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from heads.data import SentenceDataset
-from heads.multitask import BATCH_SIZE, MultiTaskModel, MultiTaskOutput
+from heads.data import SentenceDataset, sorted_batches
+from heads.multitask import MultiTaskModel, MultiTaskOutput
 from minibert import BertModel, mean_pooling
 from minibert.fast_inference import FastModel, run_texts
 from minibert.fused_layers import is_untouched
@@ -46,10 +46,10 @@ def fill(
 
     Yields after each batch how many sentences it had; a dataset has its features when all of them are there.
 
-    They are computed in these batches; sentences that are in none of them come last. Given the batches of the
-    first epoch, that epoch's numbers are those of an uncached run, bit for bit; in later epochs, whose batches
-    are others, they agree to rounding. Packed attention never gives the reference's numbers, so there the
-    sentences are batched as is fastest.
+    They are computed in these batches; sentences that are in none of them come last, in batches as `evaluate`
+    makes them. Given the batches of the first epoch, that epoch's numbers are those of an uncached run, bit for
+    bit; in later epochs, whose batches are others, they agree to rounding. Packed attention never gives the
+    reference's numbers, so there the sentences are batched as is fastest.
     """
     encoder = model.encoder
     pooled = depth == len(encoder.layers)
@@ -71,8 +71,8 @@ def fill(
 def _padded(
     encoder: BertModel, dataset: SentenceDataset, batches: Sequence[Sequence[int]], depth: int
 ) -> Iterator[Part]:
-    rest = sorted(set(range(len(dataset))).difference(*batches), key=lambda i: len(dataset.ids[i]))
-    for batch in [*batches, *(rest[i : i + BATCH_SIZE] for i in range(0, len(rest), BATCH_SIZE))]:
+    rest = sorted(set(range(len(dataset))).difference(*batches))
+    for batch in [*batches, *sorted_batches(dataset, rest)]:
         inputs = dataset.collate(batch)
         input_ids, mask = (inputs[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
         check_inputs(encoder.config, input_ids, mask, None)
