@@ -268,21 +268,22 @@ def cache_features(
     """Computes once what frozen layers give, if they stay frozen for several epochs and memory allows."""
     train, validation = sets["train"], sets["validation"]
     depth = depths[epoch]
-    if train.features is not None and train.depth == depth:
+    if train.depth == depth:
         return
     train.forget_features()
     validation.forget_features()
     if depth is None or depths.count(depth) < 2:
         return
     needed = size_in_bytes(model, train, depth) + size_in_bytes(model, validation, depth)
-    if needed <= options.feature_cache_mb * 1e6:
-        with evaluating(model), processes.autocast():
-            batches = {train: epochs[depths.index(depth)], validation: []}  # of the latter those of `evaluate`
-            bar = Bar("frozen layers", "sentence", len(train) + len(validation), hidden=not processes.is_first)
-            for sentences in fill(model, batches, depth):
-                bar.advance(sentences)
-                after_batch()
-            bar.close()
+    if needed > options.feature_cache_mb * 1e6:
+        return
+    batches = {train: epochs[depths.index(depth)], validation: []}  # of the latter those of `evaluate`
+    bar = Bar("frozen layers", "sentence", len(train) + len(validation), hidden=not processes.is_first)
+    with evaluating(model), processes.autocast():
+        for sentences in fill(model, batches, depth):
+            bar.advance(sentences)
+            after_batch()
+    bar.close()
 
 
 def check_finite(name: str, value: float, record: dict[str, Any]) -> None:
