@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from heads.data import SentenceDataset, sorted_batches
 from heads.features import compute
@@ -21,24 +20,22 @@ def evaluate(model: MultiTaskModel, dataset: SentenceDataset, processes: Process
     Raises:
         ValueError: logits that are not finite, of which the metrics would make a wrong class and a best epoch.
     """
-    logits: dict[str, list[Tensor]] = {task: [] for task in model.heads}
-    labels: dict[str, list[Tensor]] = {task: [] for task in model.heads}
+    batches = sorted_batches(dataset, range(len(dataset)))
+    outputs = []
     with evaluating(model), processes.autocast():
-        for indices in sorted_batches(dataset, range(len(dataset))):
+        for indices in batches:
             batch = {name: tensor.to(processes.device) for name, tensor in dataset.collate(indices).items()}
-            output = compute(model, batch, dataset.depth)
-            for task in model.heads:
-                logits[task].append(output.logits[task])
-                labels[task].append(batch[f"labels.{task}"])
+            outputs.append(compute(model, batch, dataset.depth).logits)
+    order = [i for batch in batches for i in batch]
     metrics = {}
     for task in model.heads:
-        scores = torch.cat(logits[task])  # (n, classes)
+        scores = torch.cat([logits[task] for logits in outputs])  # (n, classes)
         if broken := int((~scores.isfinite()).any(1).sum()):
             raise ValueError(
                 f"{task}: nan or inf among the logits of {broken} of {len(dataset)} sentences: nothing can be "
                 "said of a model with a weight that is not finite, or with one so large that a sum is not"
             )
-        metrics[task] = TaskMetrics.of(scores, torch.cat(labels[task]))
+        metrics[task] = TaskMetrics.of(scores, dataset.labels[task][order].to(scores.device))
     return metrics
 
 
