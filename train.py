@@ -321,6 +321,8 @@ def run_all(options: Options, processes: Processes, held: ExitStack) -> None:
         processes.from_first(partial(held.enter_context, run.locked()))
         processes.from_first(run.recover)
         progress, state = run.load(progress)
+        if state:
+            processes.from_first(partial(run.rewind, progress))
     start = replace(options, model=f"{options.output}/last") if state else options
     model, new = build_model(start, tasks, examples.get("train", []))
     model.to(processes.device)
@@ -339,14 +341,10 @@ def run_all(options: Options, processes: Processes, held: ExitStack) -> None:
     else:
         plan = options.plan()
         check_settings(options, plan, model, new, sets)
-        if processes.is_first:
-            print(f"\n{summary(plan, model, progress.epoch)}\n", flush=True)
-        if run is not None and state:
-            processes.from_first(partial(run.rewind, progress))
-        else:
+        if run is None or not state:
             run = open_run(options, model, processes, held)
         if processes.is_first:
-            print(f"in {run.path}", flush=True)
+            print(f"\n{summary(plan, model, progress.epoch)}\n\nin {run.path}", flush=True)
         if plan.trains_nothing(model):
             if processes.is_first:
                 print(f"--freeze {options.freeze} leaves nothing to train: this only evaluates")
