@@ -377,20 +377,20 @@ def check_settings(
         if name not in sets:
             raise DataError(f"there is no sentence for {name}")
     build_loss(options, model)
-    if not plan.trains_nothing(model) and not plan.trained(model, 0):
+    trained = plan.trained(model, sys.maxsize)  # in some epoch, since what has thawed stays so
+    if trained and not plan.trained(model, 0):
         raise ValueError(f"--freeze {options.freeze} leaves nothing to train in the first epoch")
     judge = options.metric.rpartition(".")[0]
     if judge and judge not in model.heads:
         raise ValueError(f"--metric {options.metric}: no task {judge!r}, there are: {', '.join(model.heads)}")
     judged = [judge] if judge else list(model.heads)
-    if not any(sets["validation"].has_labels(name) for name in judged):
+    unlabelled = [task for task in judged if not sets["validation"].has_labels(task)]
+    if unlabelled == judged:
         raise ValueError(f"--metric {options.metric}: no validation sentence has a label for it")
-    for task in judged:
-        if not sets["validation"].has_labels(task):
-            warnings.warn(
-                f"no validation sentence has a label for {task}: best/ is chosen without it", stacklevel=1
-            )
-    trained = plan.trained(model, sys.maxsize)
+    for task in unlabelled:
+        warnings.warn(
+            f"no validation sentence has a label for {task}: best/ is chosen without it", stacklevel=1
+        )
     for task in model.heads:
         if f"heads.{task}" not in trained:
             if trained and task in new:
