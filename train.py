@@ -498,19 +498,16 @@ def main(argv: list[str] | None = None) -> int:
     except FirstFailedError:
         return 2  # the first process has said why
     except (ValueError, TypeError, OSError) as error:  # DataError and CheckpointError among them
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+        message = str(error)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            print("train.py: error: out of memory, try a smaller --batch-size", file=sys.stderr)
+            message = "out of memory, try a smaller --batch-size"
         elif "by peer" in str(error):  # gloo: "Connection closed by peer", or reset
-            print(
-                "train.py: error: another process has ended: a run that has begun goes on with --resume",
-                file=sys.stderr,
-            )
+            message = "another process has ended: a run that has begun goes on with --resume"
         else:
             raise
-        return 2
+    print(f"train.py: error: {message}", file=sys.stderr)
+    return 2
 
 
 def tell(message: str) -> None:
