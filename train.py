@@ -153,9 +153,7 @@ def train(
     with catching_interrupts() as caught:
         for epoch in range(progress.epoch, len(epochs)):
             plan.apply(model, epoch)
-            groups = parameter_groups(plan, step, epoch)
-            set_groups(optimizer, groups)
-            rates = [group["lr"] for group in groups]
+            set_groups(optimizer, parameter_groups(plan, step, epoch))
             trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
             cache_features(options, model, sets, epochs, depths, epoch, processes, stop_if_interrupted)
             parallel = processes.parallel(step)
@@ -166,8 +164,8 @@ def train(
                 batch = sets["train"].collate(indices)
                 counts = {task: float((batch[f"labels.{task}"] != MISSING).sum()) for task in model.heads}
                 factor = rate_factor(options, progress.step, total)
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * factor
+                for group in optimizer.param_groups:
+                    group["lr"] = group["plan_lr"] * factor
                 record: dict[str, Any] = {"epoch": epoch, "step": progress.step + 1}
                 record |= {"lr": plan.lr * factor, "head_lr": plan.head_lr * factor}
 
