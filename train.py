@@ -192,8 +192,7 @@ def train(
                     progress.count(task, mean * counts[task], hit, counts[task])
                 if processes.is_first:
                     run.log({**record, "losses": means})
-                bar.note(sum(means.values()), int(batch["attention_mask"].sum()))
-                bar.advance()
+                bar.step(sum(means.values()), int(batch["attention_mask"].sum()))
                 if options.save_every and progress.step % options.save_every == 0:
                     save()
                 stop_if_interrupted()

@@ -122,12 +122,13 @@ class Bar:
         self.began = time.perf_counter()
         self.tokens = 0
 
-    def note(self, loss: float, tokens: int) -> None:
-        """The loss and tokens of a step, shown with the speed when `advance` counts it."""
+    def step(self, loss: float, tokens: int) -> None:
+        """One step more, with its loss, and the speed so far."""
         self.tokens += tokens
         self.bar.set_postfix_str(f"loss {loss:.3f}{self.speed()}", refresh=False)
+        self.advance(1)
 
-    def advance(self, units: int = 1) -> None:
+    def advance(self, units: int) -> None:
         """So many more."""
         self.bar.update(units)
 
