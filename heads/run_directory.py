@@ -89,10 +89,6 @@ class RunDirectory:
         except ValueError as error:
             raise CheckpointError(f"{self.log_file} is damaged, not every line is JSON: {error}") from error
 
-    def count_epochs(self) -> int:
-        """How many epochs metrics.jsonl has, of which the last line may be cut off."""
-        return self.log_file.read_text(encoding="utf-8").count('"trained": [') if self.log_file.is_file() else 0
-
     def save(
         self,
         name: str,
@@ -131,7 +127,9 @@ class RunDirectory:
         """
         last = self.path / "last"
         if not last.exists():
-            if self.count_epochs() > 1:  # after the first one a run may have died before it was saved
+            lines = self.log_file.read_text(encoding="utf-8") if self.log_file.is_file() else ""
+            # after its first epoch a run may have died before that was saved, or in the middle of a line
+            if lines.count('"trained": [') > 1:
                 raise CheckpointError(f"{last} is not there any more, so the run cannot go on: begin another")
             return begun, {}
         values = read_json(last / PROGRESS)
