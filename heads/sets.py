@@ -49,31 +49,6 @@ def read_sets(options: Options) -> tuple[dict[str, list[Example]], list[str]]:
     return {name: examples for name, examples in sets.items() if examples}, list(tasks)
 
 
-def _warn_of_seen(sets: dict[str, list[Example]]) -> None:
-    """Warns where validation or test has texts that are trained on."""
-    trained = {normalized(example.text) for example in sets["train"]}
-    for name in ("validation", "test"):
-        if seen := [example for example in sets[name] if normalized(example.text) in trained]:
-            warnings.warn(
-                f"{len(seen)} of {len(sets[name])} {name} sentences are among those for training, too (the "
-                f"first: {seen[0].where}): what comes out on them says little of new ones",
-                stacklevel=1,
-            )
-
-
-def _warn_of_shared_columns(name: str, path: str, tasks: dict[str, str]) -> None:
-    """Warns where a file of all tasks gives two of them the same labels: it may be a file of one of them."""
-    first: dict[str, str] = {}
-    for task, column in tasks.items():
-        if (other := first.setdefault(column, task)) != task:
-            warnings.warn(
-                f"--{name} {path}: {other} and {task} both take their labels from its column {column!r}: "
-                f"if it is a file for one of them, say --{name} {other}={path}",
-                stacklevel=1,
-            )
-            return
-
-
 def read_files(options: Options, name: str, tasks: dict[str, str]) -> list[Example]:
     """One set from its files: FILE holds all tasks, TASK=FILE one.
 
@@ -97,3 +72,28 @@ def read_files(options: Options, name: str, tasks: dict[str, str]) -> list[Examp
                 raise DataError(f"--{name}: {first.where} is marked {first.split}, and no row {name}")
         examples += rows
     return examples
+
+
+def _warn_of_shared_columns(name: str, path: str, tasks: dict[str, str]) -> None:
+    """Warns where a file of all tasks gives two of them the same labels: it may be a file of one of them."""
+    first: dict[str, str] = {}
+    for task, column in tasks.items():
+        if (other := first.setdefault(column, task)) != task:
+            warnings.warn(
+                f"--{name} {path}: {other} and {task} both take their labels from its column {column!r}: "
+                f"if it is a file for one of them, say --{name} {other}={path}",
+                stacklevel=1,
+            )
+            return
+
+
+def _warn_of_seen(sets: dict[str, list[Example]]) -> None:
+    """Warns where validation or test has texts that are trained on."""
+    trained = {normalized(example.text) for example in sets["train"]}
+    for name in ("validation", "test"):
+        if seen := [example for example in sets[name] if normalized(example.text) in trained]:
+            warnings.warn(
+                f"{len(seen)} of {len(sets[name])} {name} sentences are among those for training, too (the "
+                f"first: {seen[0].where}): what comes out on them says little of new ones",
+                stacklevel=1,
+            )
