@@ -411,11 +411,12 @@ def open_run(options: Options, model: MultiTaskModel, processes: Processes, held
         run = RunDirectory(path)
         if not options.resume:
             held.enter_context(run.locked())
-        taken = [name for name in ("config.json", "metrics.jsonl", "best", "last") if (path / name).exists()]
-        if taken and not options.resume:
-            raise ValueError(
-                f"{path} holds a {taken[0]} already: give another --output, or go on with that run by --resume"
-            )
+            for name in ("config.json", "metrics.jsonl", "best", "last"):
+                if (path / name).exists():
+                    raise ValueError(
+                        f"{path} holds a {name} already: give another --output, or go on with that run by "
+                        "--resume"
+                    )
         run.begin(options.resolved())
         return path
 
