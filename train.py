@@ -131,19 +131,11 @@ def train(
     state.clear()  # its tensors are views of last/'s file, which the next save replaces
     depths = [plan.frozen_depth(model, epoch) for epoch in range(len(epochs))]
 
-    def save(record: dict[str, Any] | None = None, *, best: bool = False) -> None:
-        """Writes last/; at the end of an epoch first its record and, if the model is the best so far, best/."""
+    def save() -> None:
+        """Writes last/."""
         check_weights(step, progress)
         tensors = collect(step, optimizer, processes)
-
-        def write() -> None:
-            if record is not None:
-                run.log(record)
-            if best:
-                run.save("best", model)
-            run.save("last", model, progress, tensors)
-
-        processes.from_first(write)
+        processes.from_first(partial(run.save, "last", model, progress, tensors))
 
     def stop_if_interrupted() -> None:
         if any(processes.totals([len(caught)])):  # in any process
@@ -206,7 +198,10 @@ def train(
             record |= {"train": progress.means(), "validation": {t: m.scores() for t, m in metrics.items()}}
             stop = bool(options.patience) and progress.stale >= options.patience
             progress.next_epoch(finished=stop or epoch + 1 == len(epochs))
-            save(record, best=better)
+            processes.from_first(partial(run.log, record))
+            if better:
+                processes.from_first(partial(run.save, "best", model))
+            save()
             if processes.is_first:
                 print_epoch(title, record, majority_accuracies(sets, "validation"))
             if stop:
