@@ -7,8 +7,6 @@ from the top: the model, the loop, all of a run. Options are in heads/options.py
 what can be frozen in minibert/freezing.py, the files of a run in heads/run_directory.py.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import os
@@ -167,7 +165,9 @@ def train(
                 shares = {task: count / processes.count for task, count in counts.items()}
                 with processes.autocast():
                     objective, losses, logits = parallel(mine, labels, sets["train"].depth, shares)
-                hits = [float((logits[task].argmax(1) == labels[task]).sum()) for task in losses]
+                hits = processes.totals(
+                    [int((logits[task].argmax(1) == labels[task]).sum()) for task in losses]
+                )
                 sums = processes.totals([loss.item() for loss in losses.values()])
                 means = {task: value / processes.count for task, value in zip(losses, sums, strict=True)}
                 for task, value in means.items():
@@ -180,7 +180,7 @@ def train(
 
                 progress.step += 1
                 progress.batch += 1
-                for (task, mean), hit in zip(means.items(), processes.totals(hits), strict=True):
+                for (task, mean), hit in zip(means.items(), hits, strict=True):
                     progress.count(task, mean * counts[task], hit, counts[task])
                 if processes.is_first:
                     run.log({**record, "losses": means})

@@ -1,7 +1,5 @@
 """Labelled sentences: examples -> batches."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import unicodedata
@@ -15,7 +13,6 @@ import torch
 from torch import Tensor
 
 from heads.losses import MISSING
-from heads.multitask import BATCH_SIZE
 from heads.tables import DataError, Example, listed
 from minibert import Tokenizer
 from minibert.tokenizer import pad
@@ -293,9 +290,3 @@ def _by_tokens(order: Sequence[int], lengths: Sequence[int], budget: int) -> lis
             batches.append([])
         batches[-1].append(index)
     return batches
-
-
-def sorted_batches(dataset: SentenceDataset, indices: Sequence[int]) -> list[list[int]]:
-    """Sentences in batches where nothing is learned: by length."""
-    order = sorted(indices, key=lambda i: len(dataset.ids[i]))
-    return [order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]

@@ -1,13 +1,11 @@
 """How good a model is on a set of sentences."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch
 
-from heads.data import SentenceDataset, sorted_batches
-from heads.features import compute
+from heads.data import SentenceDataset
+from heads.features import compute, sorted_batches
 from heads.metrics import TaskMetrics, majority
 from heads.multitask import MultiTaskModel
 from heads.processes import Processes

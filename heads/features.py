@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from heads.data import SentenceDataset, sorted_batches
-from heads.multitask import MultiTaskModel, MultiTaskOutput
+from heads.data import SentenceDataset
+from heads.multitask import BATCH_SIZE, MultiTaskModel, MultiTaskOutput
 from minibert import BertModel, mean_pooling
 from minibert.fast_inference import FastModel, run_texts
 from minibert.fused_layers import is_untouched
@@ -94,3 +94,9 @@ def _packed(fast: FastModel, dataset: SentenceDataset, pooled: bool) -> Iterator
             yield batch, packing.mean(hidden).cpu()
         else:
             yield batch, [text for run in packing.split(hidden.cpu()) for text in run]
+
+
+def sorted_batches(dataset: SentenceDataset, indices: Sequence[int]) -> list[list[int]]:
+    """Sentences in batches where nothing is learned: by length."""
+    order = sorted(indices, key=lambda i: len(dataset.ids[i]))
+    return [order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]

@@ -1,7 +1,5 @@
 """One encoder, several heads: one pass, and every task's scores (Caruana 1997; Liu et al. 2019)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -1,6 +1,6 @@
 """The options of train.py: on its command line, in a JSON file, or as the run to resume has them."""
 
-from __future__ import annotations
+from __future__ import annotations  # so that a field's type is its text, of which `parser` makes an option
 
 import argparse
 import math

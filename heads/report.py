@@ -1,7 +1,5 @@
 """What a run came to: report.json, report.md and, where matplotlib is installed, curves as PNGs."""
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import sys

@@ -7,8 +7,6 @@ best/            the model that did best on the validation set
 report.json, report.md, *.png
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Which sentences a run trains on, validates on and tests on."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 

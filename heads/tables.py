@@ -4,8 +4,6 @@ A file is a table with a column of text and a column of labels per task: .csv, .
 part of the text) or .jsonl, in UTF-8. An empty cell is a missing label.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -1,7 +1,5 @@
 """All that decides, besides the model, how training goes on: a few numbers and named tensors."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

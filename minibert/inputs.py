@@ -1,18 +1,16 @@
 """What the encoder refuses, each in one sentence."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from minibert.config import BertConfig
 from weights.checkpoint import FLOATS
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-Array: TypeAlias = "Tensor | NDArray[Any]"
+Array = Tensor | NDArray[Any]
 
 
 def check_inputs(
