@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.load import ratio, save_base_size
+from benchmarks.shared import Rows, print_table, ratio, save_base_size
 from heads.tables import DEMO
 from minibert import BertConfig, SentenceEncoder, Tokenizer
 from minibert.onednn import packs_weights
@@ -42,7 +42,6 @@ from minibert.tokenizer import pad
 from weights import resolve
 
 Encode = Callable[[list[str]], Any]  # texts -> (n, H), a tensor or an array
-Rows = dict[str, dict[str, float]]
 
 FLOAT32, BFLOAT16 = "ours float32", "ours bfloat16"
 ST, ONNX = "sentence-transformers", "ONNX"
@@ -60,8 +59,6 @@ WORDS: dict[str, Callable[[random.Random], float]] = {  # how many a text has; s
     "long": lambda rng: rng.uniform(400, 700),
 }
 REST = 0.05  # seconds before each measurement: ONNX Runtime's idle threads spin, and slow what runs next
-FORMATS = {"seconds": ".3f", "times ours": ".2f", "max difference": ".1e", "min cosine": ".6f"}
-FORMATS |= {"% of products": ".1f", "ms": ".2f", "over file size": ".2f"}  # of columns; else whole numbers
 SENTENCE = "The sky is blue and clear today."
 PEAK_MEMORY = """
 import json, sys
@@ -303,14 +300,6 @@ def peak_memory(directory: Path, texts: list[str]) -> Rows:
         done = subprocess.run(command, input=json.dumps(texts), stdout=subprocess.PIPE, text=True, check=True)
         rows[name] = {"added MB": int(done.stdout) / 1e6, "over file size": int(done.stdout) / size}
     return rows
-
-
-def print_table(title: str, rows: Rows) -> None:
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    print(f"\n{title}\n{'':22}" + "".join(f"{column:>16}" for column in columns))
-    for name, row in rows.items():
-        cells = (format(row[c], FORMATS.get(c, ",.0f")) if c in row else "" for c in columns)
-        print(f"{name:22}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
 
 
 def measure(

@@ -27,18 +27,16 @@ from torch import Tensor
 
 from benchmarks.encode import (
     PRODUCT_REPEATS,
-    Rows,
     linear_operations,
     machine,
     make_texts,
     operations,
-    print_table,
     products,
     read_words,
     same_bits,
     take_turns,
 )
-from benchmarks.load import ratio, save_base_size
+from benchmarks.shared import Rows, print_table, ratio, save_base_size
 from minibert import BertConfig, SentenceEncoder
 from minibert.fast_inference import FastModel, run_texts, token_budget
 from minibert.tokenizer import pad

@@ -17,10 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer
+from benchmarks.shared import Rows, print_table, ratio, save_base_size
 from weights import resolve
 
 IMPORT_TORCH = "import torch"
@@ -75,11 +74,7 @@ def peak_bytes(name: str, directory: Path) -> int:
     return int(run("\n".join(lines), directory)) * 1024
 
 
-def ratio(some: Sequence[float], others: Sequence[float]) -> float:
-    return statistics.median(a / b for a, b in zip(some, others, strict=True))
-
-
-def measure(directory: Path, rounds: int) -> dict[str, dict[str, float]]:
+def measure(directory: Path, rounds: int) -> Rows:
     """For each candidate the medians over the rounds, against `import torch` of the same round."""
     size = (directory / "model.safetensors").stat().st_size
     times: dict[str, list[float]] = {name: [] for name in CANDIDATES}
@@ -99,21 +94,6 @@ def measure(directory: Path, rounds: int) -> dict[str, dict[str, float]]:
         }
         for name in CANDIDATES
     }
-
-
-def print_table(title: str, rows: dict[str, dict[str, float]]) -> None:
-    columns = list(next(iter(rows.values())))
-    print(f"\n{title}\n{'':22}" + "".join(f"{column:>20}" for column in columns))
-    for name, row in rows.items():
-        print(f"{name:22}" + "".join(f"{row[column]:20.2f}" for column in columns))
-
-
-def save_base_size(directory: Path) -> Path:
-    """Random weights in bert-base-uncased's shape, with its vocabulary."""
-    SentenceEncoder(BertModel(BertConfig()), Tokenizer.from_pretrained("all-MiniLM-L6-v2")).save_pretrained(
-        directory
-    )
-    return directory
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ import torch
 
 import heads.data
 from benchmarks.encode import make_texts
-from benchmarks.load import ratio, save_base_size
+from benchmarks.shared import Rows, print_table, ratio, save_base_size
 from heads.data import SentenceDataset, epoch_batches, label_names
 from heads.tables import DEMO, read_examples
 from minibert import Tokenizer
@@ -145,9 +145,7 @@ def run(*arguments: object) -> dict[str, float]:
     return result
 
 
-def measure(
-    directory: Path, strategies: list[str], corpus: str, sentences: int, rounds: int
-) -> dict[str, dict[str, float]]:
+def measure(directory: Path, strategies: list[str], corpus: str, sentences: int, rounds: int) -> Rows:
     """For each strategy the medians over the rounds: seconds per epoch, ratios, peak memory."""
     table = {}
     for strategy in strategies:
@@ -169,14 +167,6 @@ def measure(
             },
         }
     return table
-
-
-def print_table(title: str, rows: dict[str, dict[str, float]]) -> None:
-    columns = list(next(iter(rows.values())))
-    print(f"\n{title}: seconds per epoch, how many times faster, peak memory")
-    print(f"{'':16}" + "".join(f"{column:>14}" for column in columns))
-    for name, row in rows.items():
-        print(f"{name:16}" + "".join(f"{row[column]:14.2f}" for column in columns))
 
 
 def main() -> None:
@@ -217,8 +207,9 @@ def main() -> None:
             strategies = ["none", "layers:6", "backbone"]
             table = measure(base, strategies, "mixed", arguments.sentences // 4, arguments.rounds)
             results["bert-base size, mixed"] = table
+    print(f"\nseconds per epoch, how many times faster, peak memory; {torch.get_num_threads()} threads")
     for title, rows in results.items():
-        print_table(f"{title}, {torch.get_num_threads()} threads", rows)
+        print_table(title, rows)
     arguments.output.write_text(json.dumps(results, indent=2) + "\n")
     print(f"\nwrote {arguments.output}")
 
