@@ -48,18 +48,27 @@ def assert_holds(text: Path, model: Path, lines: list[str]) -> None:
     np.testing.assert_array_equal(np.load(text.with_name("out.npy")), expected)
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, blocks: int, error: BaseException) -> None:
-    """Lets so many blocks be computed, then raises."""
+def encode_and_stop(
+    model: Path, text: Path, *arguments: str, after: int, error: BaseException | None = None
+) -> int:
+    """Lets so many blocks be computed, then raises; KeyboardInterrupt if no `error` is given."""
     whole = sentence_encoder._read_block
 
     def read_block(texts: Iterator[str]) -> list[str]:
-        nonlocal blocks
-        blocks -= 1
-        if blocks < 0:  # a block is written before the next one is read
-            raise error
+        nonlocal after
+        after -= 1
+        if after < 0:  # a block is written before the next one is read
+            raise error or KeyboardInterrupt
         return whole(texts)
 
-    monkeypatch.setattr(sentence_encoder, "_read_block", read_block)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sentence_encoder, "_read_block", read_block)
+        return encode(model, text, *arguments)
+
+
+def encode_in_two_shards(model: Path, text: Path, **output: str) -> None:
+    for shard in ("1/2", "2/2"):
+        assert encode(model, text, "--shard", shard, **output) == 0
 
 
 def test_a_file_is_what_encode_gives(small: Path, text: Path) -> None:
@@ -71,9 +80,7 @@ def test_a_file_is_what_encode_gives(small: Path, text: Path) -> None:
 def test_a_stopped_run_goes_on_where_it_was(
     small: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2, KeyboardInterrupt())
-        assert encode(small, text) == 130
+    assert encode_and_stop(small, text, after=2) == 130
     assert "stopped after 8 of 23 rows: --resume goes on there" in capsys.readouterr().err
     assert files(text) == {"out.npy.part", "out.npy.part.json"}
     assert encode(small, text) == 2
@@ -116,8 +123,7 @@ def test_a_disk_that_is_full_in_the_middle(
     assert read_json(text.with_name("out.npy.part.json"))["done"] == 8
     assert encode(small, text, "--resume") == 0
     assert_holds(text, small, LINES)
-    for shard in ("1/2", "2/2"):
-        assert encode(small, text, "--shard", shard, output="all.npy") == 0
+    encode_in_two_shards(small, text, output="all.npy")
     before = files(text)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
@@ -136,20 +142,17 @@ def test_where_there_are_no_locks(small: Path, text: Path, monkeypatch: pytest.M
 
 @pytest.mark.filterwarnings("default:.* texts cut to")
 def test_texts_that_were_cut_before_a_stop_are_said(
-    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     long = "a " * 600
     text.write_text("\n".join([long, *LINES[1:20], long, long]) + "\n")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2, SystemExit())  # as good as a kill
-        with pytest.raises(SystemExit):
-            encode(small, text)
+    with pytest.raises(SystemExit):  # as good as a kill
+        encode_and_stop(small, text, after=2, error=SystemExit())
     capsys.readouterr()
     assert encode(small, text, "--resume") == 0
     assert "warning: 3 of 22 texts cut to " in capsys.readouterr().err
     assert read_json(text.with_name("out.npy.json"))["cut"] == 3
-    for shard in ("1/2", "2/2"):
-        assert encode(small, text, "--shard", shard) == 0
+    encode_in_two_shards(small, text)
     assert "warning: 2 of 11 texts cut to " in capsys.readouterr().err
     assert main(["merge", str(text.with_name("out.npy"))]) == 0
     assert read_json(text.with_name("out.npy.json"))["cut"] == 3
@@ -188,16 +191,9 @@ main({["encode", "--model", str(small), str(text), "-o", str(text.with_name("out
     ],
 )
 def test_another_run_cannot_be_gone_on_with(
-    small: Path,
-    text: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    change: Any,
-    message: str,
+    small: Path, text: Path, capsys: pytest.CaptureFixture[str], change: Any, message: str
 ) -> None:
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1, KeyboardInterrupt())
-        assert encode(small, text, "--normalize") == 130
+    assert encode_and_stop(small, text, "--normalize", after=1) == 130
     model = small
     if change == "text":
         text.write_text("\n".join(LINES[::-1]) + "\n")
@@ -220,10 +216,9 @@ def test_another_run_cannot_be_gone_on_with(
 
 
 def test_a_run_that_fails_at_once_leaves_nothing(
-    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stop_after(monkeypatch, 0, OSError("no more"))
-    assert encode(small, text) == 2
+    assert encode_and_stop(small, text, after=0, error=OSError("no more")) == 2
     assert encode(small, text, "--batch-size", "0") == 2
     text.write_bytes(b"fine\nb\xe4d\n")
     assert encode(small, text) == 2
@@ -270,25 +265,19 @@ def test_a_full_disk_is_noticed_before_the_work(
     assert files(text) == set()
 
 
-def test_where_a_model_lies_does_not_matter(small: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1, KeyboardInterrupt())
-        assert encode(small, text) == 130
+def test_where_a_model_lies_does_not_matter(small: Path, text: Path) -> None:
+    assert encode_and_stop(small, text, after=1) == 130
     copy = text.parent / "copy"
     SentenceEncoder.from_pretrained(small).save_pretrained(copy)
     assert encode(copy, text, "--resume") == 0
 
 
-def test_only_the_array_was_removed(small: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_array_was_removed(small: Path, text: Path) -> None:
     """Its record must not make zeros of the next run's rows."""
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2, KeyboardInterrupt())
-        assert encode(small, text) == 130
+    assert encode_and_stop(small, text, after=2) == 130
     text.with_name("out.npy.part").unlink()
-    with monkeypatch.context() as patch:
-        stop_after(patch, 0, SystemExit())
-        with pytest.raises(SystemExit):
-            encode(small, text)
+    with pytest.raises(SystemExit):
+        encode_and_stop(small, text, after=0, error=SystemExit())
     assert encode(small, text, "--resume") == 0
     assert_holds(text, small, LINES)
 
@@ -302,12 +291,8 @@ def test_a_kill_between_the_two_renames(small: Path, text: Path) -> None:
     assert files(text) == {"out.npy", "out.npy.json"}
 
 
-def test_a_record_whose_array_is_gone_is_not_an_older_arrays(
-    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2, KeyboardInterrupt())
-        assert encode(small, text, "--normalize") == 130
+def test_a_record_whose_array_is_gone_is_not_an_older_arrays(small: Path, text: Path) -> None:
+    assert encode_and_stop(small, text, "--normalize", after=2) == 130
     part = text.with_name("out.npy.part")
     part.replace(text.with_name("out.npy"))  # as large as the whole, but not that
     assert encode(small, text, "--normalize", "--resume") == 0
@@ -357,14 +342,10 @@ def test_a_kill_while_an_older_array_is_replaced(
     assert_holds(text, small, LINES[::-1])
 
 
-def test_a_stopped_run_counts_for_more_than_an_older_whole_one(
-    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_counts_for_more_than_an_older_whole_one(small: Path, text: Path) -> None:
     assert encode(small, text) == 0
     text.write_text("\n".join(LINES[::-1]) + "\n")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2, KeyboardInterrupt())
-        assert encode(small, text) == 130
+    assert encode_and_stop(small, text, after=2) == 130
     assert encode(small, text, "--resume") == 0
     assert_holds(text, small, LINES[::-1])
 
@@ -496,8 +477,7 @@ def test_shards_of_a_longer_name_are_others(small: Path, text: Path) -> None:
 
 
 def test_a_damaged_shard_is_named(small: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for shard in ("1/2", "2/2"):
-        assert encode(small, text, "--shard", shard) == 0
+    encode_in_two_shards(small, text)
     np.save(text.with_name("out-00002-of-00002.npy"), np.zeros((1, 36), np.float32))
     assert main(["merge", str(text.with_name("out.npy"))]) == 2
     assert "out-00002-of-00002.npy holds float32 (1, 36), not float32 (12, 36)" in capsys.readouterr().err
@@ -517,8 +497,7 @@ def test_merged_shards_are_the_file(small: Path, text: Path, count: int) -> None
 def test_a_merge_that_is_interrupted_leaves_nothing(
     small: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for shard in ("1/2", "2/2"):
-        assert encode(small, text, "--shard", shard) == 0
+    encode_in_two_shards(small, text)
     before = files(text)
 
     def interrupted(*_: object) -> None:
@@ -588,19 +567,14 @@ def test_processes_of_torchrun_take_a_shard_each(
     ],
 )
 def test_what_cannot_be_merged(
-    small: Path,
-    text: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    shards: list[str],
-    message: str,
+    small: Path, text: Path, capsys: pytest.CaptureFixture[str], shards: list[str], message: str
 ) -> None:
     text.with_name("out-of-it-00001-of-00002.npy.part").touch()  # another array's
     for shard, _, stopped in (each.partition(" ") for each in shards):
-        with monkeypatch.context() as patch:
-            if stopped:
-                stop_after(patch, 1, KeyboardInterrupt())
-            assert encode(small, text, "--shard", shard) == (130 if stopped else 0)
+        if stopped:
+            assert encode_and_stop(small, text, "--shard", shard, after=1) == 130
+        else:
+            assert encode(small, text, "--shard", shard) == 0
     assert main(["merge", str(text.with_name("out.npy"))]) == 2
     assert message in capsys.readouterr().err
     assert "out.npy" not in files(text)
