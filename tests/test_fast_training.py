@@ -19,10 +19,10 @@ from minibert import BertModel, Tokenizer, fast_attention, onednn, packing
 from minibert.fast_dropout import FastDropout, fast_dropout, use_fast_dropout
 from minibert.onednn import onednn_products
 from tests.conftest import save_small
+from tests.fast_reference import needs_exact
 
-needs_onednn = pytest.mark.skipif(not onednn.are_exact(), reason="oneDNN is not used here")
 PLAIN = pytest.param(nullcontext, id="MKL")
-ONEDNN = pytest.param(onednn_products, id="oneDNN", marks=needs_onednn)
+ONEDNN = pytest.param(onednn_products, id="oneDNN", marks=needs_exact)
 
 
 def batch(kind: str, seed: int) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ def test_gradients_after_a_pass_without_any(products: Callable[[], AbstractConte
     ("products", "device"),
     [
         pytest.param(nullcontext, "cpu", id="MKL"),
-        pytest.param(onednn_products, "cpu", id="oneDNN", marks=needs_onednn),
+        pytest.param(onednn_products, "cpu", id="oneDNN", marks=needs_exact),
         pytest.param(nullcontext, "cuda", id="GPU", marks=pytest.mark.gpu),
     ],
 )
@@ -261,7 +261,7 @@ def run(model: Path, output: Path, options: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("through_onednn", [False, pytest.param(True, marks=needs_onednn)])
+@pytest.mark.parametrize("through_onednn", [False, pytest.param(True, marks=needs_exact)])
 @pytest.mark.parametrize("freeze", ["none", "layers:1", "backbone"])
 def test_fast_runs_learn_the_same(
     no_dropout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, freeze: str, through_onednn: bool

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 
 from minibert import amx, onednn
 from minibert.fused_layers import FusedLinear
-from minibert.onednn import are_exact, multiplies, onednn_products, packs_weights, products_through
-
-needs_onednn = pytest.mark.skipif(not are_exact(), reason="oneDNN's float32 products are not exact here")
+from minibert.onednn import are_exact, multiplies, onednn_products, products_through
+from tests.fast_reference import needs_bfloat16, needs_exact
 
 
 def setting() -> str:
@@ -62,7 +61,7 @@ def through_onednn(a: torch.Tensor, b: torch.Tensor, capfd: pytest.CaptureFixtur
     return ",matmul," in capfd.readouterr().out
 
 
-@needs_onednn
+@needs_exact
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_size", [13, 32, 64])
 def test_what_multiplies_says_is_what_torch_does(
@@ -78,7 +77,7 @@ def test_what_multiplies_says_is_what_torch_does(
     assert set(switched) == {False, True}
 
 
-@needs_onednn
+@needs_exact
 def test_the_setting_is_put_back() -> None:
     before = setting()
     with onednn_products():
@@ -98,7 +97,7 @@ def test_the_setting_is_put_back() -> None:
         torch.backends.mkldnn.matmul.fp32_precision = before  # type: ignore[attr-defined]
 
 
-@needs_onednn
+@needs_exact
 def test_the_last_thread_to_leave_puts_it_back() -> None:
     before = setting()
     entered, leave = threading.Event(), threading.Event()
@@ -118,7 +117,7 @@ def test_the_last_thread_to_leave_puts_it_back() -> None:
     assert setting() == before
 
 
-@needs_onednn
+@needs_exact
 def test_a_single_call_goes_through_the_library_it_names(capfd: pytest.CaptureFixture[str]) -> None:
     before = setting()
     a, b = torch.randn(1, 39, 37), torch.randn(1, 37, 39)
@@ -139,7 +138,7 @@ def test_a_single_call_goes_through_the_library_it_names(capfd: pytest.CaptureFi
     assert setting() == before
 
 
-@needs_onednn
+@needs_exact
 def test_threads_that_want_different_libraries_take_turns() -> None:
     def both(i: int) -> set[str]:
         seen = set()
@@ -154,7 +153,7 @@ def test_threads_that_want_different_libraries_take_turns() -> None:
         assert list(pool.map(both, range(4))) == 2 * [{"ieee"}, {"bf16"}]
 
 
-@pytest.mark.skipif(not packs_weights(torch.empty(0, dtype=torch.bfloat16)), reason="no bfloat16 here")
+@needs_bfloat16
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
@@ -193,7 +192,7 @@ def test_where_the_products_are_rounded_nothing_is_switched(monkeypatch: pytest.
         assert not multiplies(torch.zeros(12, 100, 32), 100)
 
 
-@needs_onednn
+@needs_exact
 def test_what_else_is_set_does_not_decide_whether_products_are_exact() -> None:
     with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
         assert are_exact.__wrapped__()
@@ -213,7 +212,7 @@ def test_rounding_to_bfloat16_is_noticed(monkeypatch: pytest.MonkeyPatch, rounde
     assert are_exact.__wrapped__() == (not rounded)
 
 
-@pytest.mark.skipif(not packs_weights(torch.empty(0, dtype=torch.bfloat16)), reason="no bfloat16 here")
+@needs_bfloat16
 @pytest.mark.parametrize("has_amx", [True, False])
 def test_only_bfloat16_with_amx_is_summed_otherwise(monkeypatch: pytest.MonkeyPatch, has_amx: bool) -> None:
     monkeypatch.setattr(amx, "HAS_AMX", has_amx)
