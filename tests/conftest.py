@@ -75,6 +75,13 @@ def small(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
     return save_small(tmp_path_factory.mktemp("small"), minilm)
 
 
+@pytest.fixture(scope="session")
+def no_dropout(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+    """`small` without dropout."""
+    fields = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return save_small(tmp_path_factory.mktemp("no_dropout"), minilm, **fields)
+
+
 def save_small(directory: Path, minilm: Path, **fields: Any) -> Path:
     sizes = TINY | {"vocab_size": 30522, "num_hidden_layers": 3, "max_position_embeddings": 29}
     save_random_bert(directory, **sizes | fields)

@@ -17,14 +17,7 @@ import train
 from heads import MISSING
 from heads.processes import Processes
 from heads.training_state import restore
-from tests.conftest import save_small
 from tests.training.conftest import ROOT, Main, a_new_head_may_be_frozen, steps, table
-
-
-@pytest.fixture(scope="module")
-def no_dropout(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
-    fields = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return save_small(tmp_path_factory.mktemp("no_dropout"), minilm, **fields)
 
 
 @a_new_head_may_be_frozen
