@@ -27,6 +27,14 @@ TINY = {
     "max_position_embeddings": 19,
     "type_vocab_size": 3,
 }
+TINY_DISTILBERT = {
+    "vocab_size": 97,
+    "dim": 36,
+    "n_heads": 3,
+    "n_layers": 2,
+    "hidden_dim": 37,
+    "max_position_embeddings": 19,
+}
 
 
 # A shell has what runs in its background ignore Ctrl-C; here it is sent on purpose.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minibert import BertConfig, BertModel
 from minibert.memory import release_memory
-from tests.conftest import TINY, save_random, save_random_bert
+from tests.conftest import TINY, TINY_DISTILBERT, save_random, save_random_bert
 from tests.full_disk import no_file_beyond
 from weights import CheckpointError, load_checkpoint
 from weights.checkpoint import collapse_layers
@@ -129,10 +129,7 @@ def test_beside_heads_of_any_name(copy: Path, tiny: Path, tmp_path: Path) -> Non
 def test_distilbert_with_its_head(tmp_path: Path) -> None:
     from transformers import AutoModel, DistilBertConfig, DistilBertForMaskedLM
 
-    config = DistilBertConfig(
-        vocab_size=97, dim=36, n_heads=3, n_layers=2, hidden_dim=37, max_position_embeddings=19
-    )
-    directory = save_random(DistilBertForMaskedLM, config, tmp_path / "published")
+    directory = save_random(DistilBertForMaskedLM, DistilBertConfig(**TINY_DISTILBERT), tmp_path / "published")
     model = BertModel.from_pretrained(directory)
     model.save_pretrained(tmp_path / "saved")
     assert_same_weights(BertModel.from_pretrained(tmp_path / "saved"), model)
@@ -146,8 +143,7 @@ def test_distilbert_with_its_head(tmp_path: Path) -> None:
 def test_a_distilbert_that_does_not_say_how_deep_it_is(tmp_path: Path) -> None:
     from transformers import AutoConfig, DistilBertConfig, DistilBertModel
 
-    config = DistilBertConfig(vocab_size=97, dim=36, n_heads=3, hidden_dim=37, max_position_embeddings=19)
-    directory = save_random(DistilBertModel, config, tmp_path)
+    directory = save_random(DistilBertModel, DistilBertConfig(**TINY_DISTILBERT | {"n_layers": 6}), tmp_path)
     published = json.loads((directory / "config.json").read_text())
     del published["n_layers"]
     (directory / "config.json").write_text(json.dumps(published))
@@ -160,10 +156,7 @@ def test_a_distilbert_with_fields_of_a_bert(tmp_path: Path) -> None:
     """Its own count for more, and what never varies is not read."""
     from transformers import DistilBertConfig, DistilBertModel
 
-    config = DistilBertConfig(
-        vocab_size=97, dim=36, n_heads=3, n_layers=2, hidden_dim=37, max_position_embeddings=19
-    )
-    directory = save_random(DistilBertModel, config, tmp_path)
+    directory = save_random(DistilBertModel, DistilBertConfig(**TINY_DISTILBERT), tmp_path)
     ids = torch.arange(9).view(1, 9)
     with torch.no_grad():
         expected = DistilBertModel.from_pretrained(directory).eval()(ids).last_hidden_state

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minibert.parity import differences, random_inputs
-from tests.conftest import save_random, save_random_bert
+from tests.conftest import TINY_DISTILBERT, save_random, save_random_bert
 from tests.parity.conftest import load_both
 
 
@@ -75,10 +75,8 @@ def test_other_configs(fields: dict[str, object], attention: str, tmp_path: Path
 def test_distilbert(attention: str, dtype: torch.dtype, tmp_path: Path) -> None:
     from transformers import DistilBertConfig, DistilBertModel
 
-    config = DistilBertConfig(
-        vocab_size=97, dim=36, n_heads=3, n_layers=2, hidden_dim=37, max_position_embeddings=19
-    )
-    assert_equal_outputs(save_random(DistilBertModel, config, tmp_path), attention, dtype)
+    directory = save_random(DistilBertModel, DistilBertConfig(**TINY_DISTILBERT), tmp_path)
+    assert_equal_outputs(directory, attention, dtype)
 
 
 def test_no_token_types_is_all_zeros(tiny: Path, attention: str) -> None:

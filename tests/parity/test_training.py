@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from minibert import BertModel
 from minibert.parity import difference
-from tests.conftest import save_random
+from tests.conftest import TINY_DISTILBERT, save_random
 from tests.parity.conftest import load_both
 from weights.key_maps import FAMILIES
 
@@ -129,8 +129,5 @@ def test_base_width_in_other_dtypes(
 def test_distilbert(attention: str, tmp_path: Path) -> None:
     from transformers import DistilBertConfig, DistilBertModel
 
-    config = DistilBertConfig(
-        vocab_size=97, dim=36, n_heads=3, n_layers=2, hidden_dim=37, max_position_embeddings=19
-    )
-    directory = save_random(DistilBertModel, config, tmp_path)
+    directory = save_random(DistilBertModel, DistilBertConfig(**TINY_DISTILBERT), tmp_path)
     assert_same_training(directory, attention, torch.float32, training=True)
