@@ -93,8 +93,7 @@ def no_dropout(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
 def save_small(directory: Path, minilm: Path, **fields: Any) -> Path:
     sizes = TINY | {"vocab_size": 30522, "num_hidden_layers": 3, "max_position_embeddings": 29}
     save_random_bert(directory, **sizes | fields)
-    for name, content in Tokenizer.from_pretrained(minilm).files().items():
-        (directory / name).write_bytes(content)
+    Tokenizer.from_pretrained(minilm).save_pretrained(directory)
     return directory
 
 

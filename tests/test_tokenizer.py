@@ -140,10 +140,7 @@ def test_added_tokens_are_autotokenizers(
     ]
     tokenizer = Tokenizer.from_pretrained(directory)
     assert tokenizer.token_ids(texts) == AutoTokenizer.from_pretrained(directory)(texts)["input_ids"]
-    for name, content in tokenizer.files().items():
-        (directory / name).write_bytes(content)
-    for name in others:
-        (directory / name).unlink()
+    tokenizer.save_pretrained(directory)
     assert Tokenizer.from_pretrained(directory).token_ids(texts) == tokenizer.token_ids(texts)
     assert AutoTokenizer.from_pretrained(directory)(texts)["input_ids"] == tokenizer.token_ids(texts)
 
@@ -258,8 +255,7 @@ def test_whose_parts_count(minilm: Path, tmp_path: Path, kind: str | None, part:
     expected = AutoTokenizer.from_pretrained(directory)(texts)["input_ids"]
     tokenizer = Tokenizer.from_pretrained(directory)
     assert tokenizer.token_ids(texts) == expected
-    for name, content in tokenizer.files().items():
-        (directory / name).write_bytes(content)
+    tokenizer.save_pretrained(directory)
     assert AutoTokenizer.from_pretrained(directory)(texts)["input_ids"] == expected
     assert Tokenizer.from_pretrained(directory).token_ids(texts) == expected
 
@@ -272,8 +268,7 @@ def test_special_tokens_in_texts(minilm: Path, tmp_path: Path, split: bool) -> N
     tokenizer = Tokenizer.from_pretrained(directory)
     assert tokenizer.token_ids(texts) == expected
     assert (103 in expected[0]) != split
-    for name, content in tokenizer.files().items():
-        (directory / name).write_bytes(content)
+    tokenizer.save_pretrained(directory)
     assert AutoTokenizer.from_pretrained(directory)(texts)["input_ids"] == expected
     assert Tokenizer.from_pretrained(directory).token_ids(texts) == expected
 
@@ -310,8 +305,7 @@ def test_a_tokenizer_of_ones_own_is_saved_as_it_is(minilm: Path, tmp_path: Path,
         parts["model"]["max_input_chars_per_word"] = 9
     directory = layout(minilm, tmp_path / "model", [])
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(parts)))
-    for name, content in tokenizer.files().items():
-        (directory / name).write_bytes(content)
+    tokenizer.save_pretrained(directory)
     texts = ["it's a well-known case", "un\u0007known uncharacteristically"]
     expected = tokenizer.token_ids(texts)
     assert (expected == Tokenizer.from_pretrained(minilm).token_ids(texts)) == (part == "none")
