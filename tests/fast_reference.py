@@ -1,6 +1,8 @@
 """Texts for the fast path's tests, what `forward` gives for them, and where its promises hold."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -23,6 +25,17 @@ BFLOAT16 = pytest.param(torch.bfloat16, marks=needs_bfloat16)
 FUSED = fast_attention.fuses_bfloat16(torch.zeros(1, dtype=torch.bfloat16))
 THREADS = (1, 2, 3, 8, 32) if amx.HAS_AMX else (1, 2, 3, 8)
 needs_exact = pytest.mark.skipif(not onednn.are_exact(), reason="oneDNN's float32 products are not exact here")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many of torch's, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def text(words: int, seed: int) -> str:

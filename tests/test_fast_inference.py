@@ -45,6 +45,7 @@ from tests.fast_reference import (
     reference,
     relative,
     text,
+    threads,
     varied_texts,
 )
 
@@ -142,7 +143,7 @@ def encoder(request: pytest.FixtureRequest, minilm: Path) -> SentenceEncoder:
     lengths=st.lists(st.integers(0, 40) | st.integers(0, 300), min_size=1, max_size=12),
     batch_size=st.none() | st.integers(1, 13),
     budget=st.integers(1, 4000),
-    threads=st.sampled_from([1, 2, 3, 8]),
+    count=st.sampled_from([1, 2, 3, 8]),
     seed=st.integers(0, 99),
 )
 def test_the_bits_do_not_depend_on_the_batch(
@@ -151,22 +152,18 @@ def test_the_bits_do_not_depend_on_the_batch(
     lengths: list[int],
     batch_size: int | None,
     budget: int,
-    threads: int,
+    count: int,
     seed: int,
 ) -> None:
     texts = [text(words, seed + i) for i, words in enumerate(lengths)]
-    available = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         if not exact:
             patch.setattr(onednn, "are_exact", lambda: False)
         alone = np.stack([encoder.encode(each) for each in texts])
         patch.setitem(fast_inference.TOKEN_BUDGET, "cpu", budget)
-        try:
-            torch.set_num_threads(threads)
+        with threads(count):
             together = encoder.encode(texts, batch_size)
             reversed_ = encoder.encode(texts[::-1], batch_size)[::-1]
-        finally:
-            torch.set_num_threads(available)
     np.testing.assert_array_equal(together, alone)
     np.testing.assert_array_equal(reversed_, alone)
 
@@ -205,17 +202,13 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(
     plain.weight = nn.Parameter(weight)
     linear = FusedLinear(plain, activation=activation, dtype=dtype)
     expected = linear(x)
-    available = torch.get_num_threads()
-    try:
-        for threads in THREADS:
-            torch.set_num_threads(threads)
-            if inputs > amx.SHORT_SUM and threads > fast_attention.FEW_THREADS:
+    for count in THREADS:
+        with threads(count):
+            if inputs > amx.SHORT_SUM and count > fast_attention.FEW_THREADS:
                 expected = linear(x)  # other bits, but still the same whatever the others are
             for rows in (1, 2, 3, 7, 16, 17, 28, 33, 64, 255, 1024):
                 for start in (0, 1, 13):
                     assert torch.equal(linear(x[start : start + rows]), expected[start : start + rows])
-    finally:
-        torch.set_num_threads(available)
 
 
 @needs_onednn
@@ -224,20 +217,16 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(
 @pytest.mark.parametrize("length", [5, 7, 12, 20, 39, 40, 65, 100, 300])
 def test_attention_does_not_depend_on_the_other_texts(length: int, heads: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    texts, available = 9, torch.get_num_threads()
+    texts = 9
     states = torch.randn(3, heads, texts * length, 64).to(dtype)
-    try:
-        for threads in THREADS:
-            torch.set_num_threads(threads)
-            with torch.inference_mode(), onednn.onednn_products():
-                q, k, v = states
-                together, _ = Packing(((texts, length),), CPU).attend(q, k, v, None, 0.0)
-                for i in range(texts):
-                    q, k, v = states[..., i * length : (i + 1) * length, :]
-                    alone, _ = Packing(((1, length),), CPU).attend(q, k, v, None, 0.0)
-                    assert torch.equal(alone, together[:, i * length : (i + 1) * length])
-    finally:
-        torch.set_num_threads(available)
+    for count in THREADS:
+        with threads(count), torch.inference_mode(), onednn.onednn_products():
+            q, k, v = states
+            together, _ = Packing(((texts, length),), CPU).attend(q, k, v, None, 0.0)
+            for i in range(texts):
+                q, k, v = states[..., i * length : (i + 1) * length, :]
+                alone, _ = Packing(((1, length),), CPU).attend(q, k, v, None, 0.0)
+                assert torch.equal(alone, together[:, i * length : (i + 1) * length])
 
 
 @pytest.mark.parametrize("width", [39, 384])
@@ -248,14 +237,10 @@ def test_a_mean_does_not_depend_on_the_others(width: int) -> None:
     alone = [Packing.of([256], CPU).mean(hidden[i * 256 : (i + 1) * 256]) for i in range(6)]
     alone.append(Packing.of([13], CPU).mean(hidden[-13:]))
     exact = [*hidden[:-13].double().view(6, 256, width).mean(1), hidden[-13:].double().mean(0)]
-    available = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
+    for count in (1, 2, 3, 8):
+        with threads(count):
             together = Packing.of([*[256] * 6, 13], CPU).mean(hidden)
             assert torch.equal(together, torch.cat(alone))
-    finally:
-        torch.set_num_threads(available)
     torch.testing.assert_close(together, torch.stack(exact).float(), atol=1e-7, rtol=1e-6)
     half, packing = hidden.bfloat16(), Packing.of([*[256] * 6, 13], CPU)  # is summed in float32
     assert torch.equal(packing.mean(half), packing.mean(half.float()))
