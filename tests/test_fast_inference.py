@@ -265,6 +265,7 @@ def test_a_text_without_finite_numbers_leaves_others_alone(
     minilm: Path, dtype: torch.dtype, zebras: tuple[int, ...]
 ) -> None:
     encoder = SentenceEncoder.from_pretrained(minilm, dtype=dtype)
+    encoder.model.layers = encoder.model.layers[:2]
     zebra = encoder.tokenizer(["zebra"])["input_ids"][0, 1]
     with torch.no_grad():
         encoder.model.embeddings.word.weight[zebra] = torch.inf
@@ -449,7 +450,7 @@ def test_batches_fit_the_caches(hidden_size: int, budget: int) -> None:
     config = BertConfig(
         vocab_size=10, hidden_size=hidden_size, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8
     )
-    fast = FastModel(BertModel(config))
+    fast = FastModel(BertModel(config), layers=0)  # what they compute does not matter
     with torch.no_grad():
         for length in (7, 8):  # of the latter some number fills the budget
             batches = [len(batch) for batch, _, _ in fast_inference.run_texts(fast, [[7] * length] * 1000)]
