@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minibert import BertConfig, BertModel
 from minibert.memory import release_memory
-from tests.conftest import TINY, TINY_DISTILBERT, save_random, save_random_bert
+from tests.conftest import TINY, TINY_DISTILBERT, save_random
 from tests.full_disk import no_file_beyond
 from weights import CheckpointError, load_checkpoint
 from weights.checkpoint import collapse_layers
@@ -165,14 +165,13 @@ def test_a_distilbert_with_fields_of_a_bert(tmp_path: Path) -> None:
     assert not {"dim", "n_layers"} & load_checkpoint(directory).config.keys()
 
 
-def test_sharded_checkpoint(tmp_path: Path) -> None:
+def test_sharded_checkpoint(tiny: Path, tmp_path: Path) -> None:
     from transformers import AutoModel
 
-    whole = save_random_bert(tmp_path / "whole", **TINY)
-    AutoModel.from_pretrained(whole).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    AutoModel.from_pretrained(tiny).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert not (tmp_path / "sharded" / "model.safetensors").exists()
     assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 2
-    assert_same_weights(BertModel.from_pretrained(tmp_path / "sharded"), BertModel.from_pretrained(whole))
+    assert_same_weights(BertModel.from_pretrained(tmp_path / "sharded"), BertModel.from_pretrained(tiny))
 
 
 # --- dtypes and memory ---------------------------------------------------------------------------
@@ -225,12 +224,6 @@ def test_training_never_touches_the_file(copy: Path) -> None:
     model.save_pretrained(copy)  # over the very file that is mapped
     assert (copy / "old").read_bytes() == before  # it was replaced, not written into
     assert_same_weights(BertModel.from_pretrained(copy), model)
-
-
-def test_loaded_model_is_in_eval_mode_and_trainable(tiny: Path) -> None:
-    model = BertModel.from_pretrained(tiny)
-    assert not model.training
-    assert all(p.requires_grad and not p.is_meta for p in model.parameters())
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -657,13 +650,6 @@ def test_everything_wrong_is_in_one_error(copy: Path) -> None:
         assert part in message
 
 
-def test_long_lists_are_cut(copy: Path) -> None:
-    def spoil(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {f"{prefix}{key}": t.to(torch.int8) for key, t in tensors.items() for prefix in ("", "bert.")}
-
-    assert len(error_of(rewrite(copy, spoil))) < 2000
-
-
 def test_missing_layers_are_collapsed(copy: Path) -> None:
     message = error_of(set_config(copy, num_hidden_layers=5))
     assert "missing encoder.layer.2-4.* (16 tensors each)" in message
@@ -733,7 +719,7 @@ def test_not_safetensors(copy: Path, content: bytes, message: str) -> None:
     assert "fetch it again" in error
 
 
-@pytest.mark.parametrize("kept", [0.5, 0.999, 0.01])
+@pytest.mark.parametrize("kept", [0.999, 0.01])
 def test_truncated_file(copy: Path, kept: float) -> None:
     path = copy / "model.safetensors"
     whole = path.read_bytes()
@@ -909,15 +895,6 @@ def test_the_index_says_which_shard_counts(copy: Path) -> None:
     tensors = load_checkpoint(copy).tensors
     assert torch.equal(tensors["pooler.dense.bias"], torch.full((36,), 5.0))
     assert torch.equal(tensors["pooler.dense.weight"], whole["pooler.dense.weight"])
-
-
-def test_load_checkpoint_reads_fields_and_our_names(tiny: Path) -> None:
-    checkpoint = load_checkpoint(tiny)
-    assert checkpoint.config["hidden_size"] == 36
-    assert "layers.1.feed_forward.up.weight" in checkpoint.tensors
-    assert (
-        checkpoint.published["layers.1.feed_forward.up.weight"] == "encoder.layer.1.intermediate.dense.weight"
-    )
 
 
 @pytest.mark.skipif(not os.access("/proc/self/pagemap", os.R_OK), reason="what lies in memory is not told here")
