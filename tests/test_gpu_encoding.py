@@ -109,12 +109,6 @@ def test_many_kinds_of_models_are_compiled(monkeypatch: pytest.MonkeyPatch) -> N
     torch._dynamo.reset()
 
 
-def test_compiling_needs_a_gpu(minilm: Path) -> None:
-    encoder = SentenceEncoder.from_pretrained(minilm, dtype=torch.bfloat16, compile=True)
-    with pytest.raises(ValueError, match="compile=True needs a GPU"):
-        encoder.encode("a sentence")
-
-
 def test_few_numbers_of_tokens_reach_a_gpu() -> None:
     cuda = torch.device("cuda")
     filled = {Packing.of([n], cuda, fill=True).filling + n for n in range(1, 600)}
