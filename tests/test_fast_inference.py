@@ -437,14 +437,6 @@ def test_the_copy_shares_what_it_does_not_pack(minilm: Path) -> None:
     assert type(model.layers[0].attention.query) is nn.Linear  # type: ignore[union-attr]
 
 
-def test_a_batch_says_what_is_wrong_with_it() -> None:
-    config = BertConfig(vocab_size=10, max_position_embeddings=4)
-    with pytest.raises(ValueError, match=r"input_ids\[2\] is 10, it must be from 0 to 9"):
-        PackedBatch.from_rows([[1, 2], [10, 3]], config, CPU)
-    with pytest.raises(ValueError, match="input_ids is 5 tokens long, this model has positions for 4"):
-        PackedBatch.from_rows([[1] * 5], config, CPU)
-
-
 @pytest.mark.parametrize(("hidden_size", "budget"), [(36, 4096), (384, 4096), (768, 2048), (1024, 1536)])
 def test_batches_fit_the_caches(hidden_size: int, budget: int) -> None:
     config = BertConfig(
