@@ -3,7 +3,6 @@
 import json
 import math
 import threading
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -756,10 +755,3 @@ def test_majority() -> None:
     train = torch.tensor([0, 1, 1, MISSING, 1, 2])
     assert majority(train, torch.tensor([1, 1, 0, MISSING])) == pytest.approx(2 / 3)
     assert majority(train, torch.tensor([MISSING])) is None
-
-
-def test_a_loss_can_be_read_without_warnings() -> None:
-    logits, labels = random_batch(0, 0.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        MultiTaskLoss(["a", "b"])(logits, labels)
