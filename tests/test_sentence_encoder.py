@@ -76,13 +76,6 @@ def test_shapes_and_types(encoder: SentenceEncoder) -> None:
     assert encoder.encode(np.array(["hello", "x"])[0]).shape == (384,)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 7, 1000, None])
-def test_order_is_kept_whatever_the_batches(encoder: SentenceEncoder, batch_size: int | None) -> None:
-    texts = sentences(23)
-    alone = np.stack([encoder.encode(text) for text in texts])
-    np.testing.assert_array_equal(encoder.encode(texts, batch_size), alone)
-
-
 def test_batches_are_cut_from_the_sorted_sentences(
     encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,11 +99,6 @@ def test_what_would_be_lost_is_not_saved(tiny_encoder: SentenceEncoder, tmp_path
     assert not (tmp_path / "saved").exists()
     encoder.save_pretrained(tmp_path / "saved", {"dense.safetensors": encoder.dense.state_dict()})
     assert (tmp_path / "saved" / "dense.safetensors").is_file()
-
-
-def test_cut_sentences_are_said(tiny_encoder: SentenceEncoder) -> None:
-    with pytest.warns(UserWarning, match="1 of 2 texts cut to 256 tokens"):
-        tiny_encoder.encode(["word " * 300, "short"])
 
 
 def test_normalisation_is_the_checkpoints_unless_told(
@@ -510,8 +498,3 @@ def test_a_parametrized_model_is_not_saved_as_published(tiny_encoder: SentenceEn
     with pytest.raises(ValueError, match="is not a parameter of BERT's encoder, and has no published name"):
         encoder.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
-
-
-def test_it_is_a_module(encoder: SentenceEncoder) -> None:
-    assert isinstance(encoder, nn.Module)
-    assert sum(p.numel() for p in encoder.parameters()) == 22_713_216
