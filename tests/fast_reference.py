@@ -1,14 +1,15 @@
-"""Texts for the fast path's tests, what `forward` gives for them, and where its promises hold."""
+"""A model and texts for the tests of `encode`, what `forward` gives for them, and where promises hold."""
 
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from minibert import SentenceEncoder, amx, fast_attention, onednn
+from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer, amx, fast_attention, onednn
 from minibert.onednn import packs_weights
 
 CPU = torch.device("cpu")
@@ -36,6 +37,19 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def random_encoder(minilm: Path, hidden_size: int = 36, dtype: torch.dtype | None = None) -> SentenceEncoder:
+    """Two random layers of odd sizes behind the published vocabulary."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=hidden_size,
+        num_attention_heads=3,
+        num_hidden_layers=2,
+        intermediate_size=37,
+        initializer_range=0.2,
+    )
+    return SentenceEncoder(BertModel(config).eval(), Tokenizer.from_pretrained(minilm), dtype=dtype)
 
 
 def text(words: int, seed: int) -> str:

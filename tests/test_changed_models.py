@@ -20,7 +20,7 @@ from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer, fast_inf
 from minibert.attention import ATTENTION_FUNCTIONS
 from minibert.fast_dropout import use_fast_dropout
 from minibert.fast_inference import fast_copy
-from tests.fast_reference import reference, relative, text
+from tests.fast_reference import random_encoder, reference, relative, text
 
 
 class Louder(nn.Module):
@@ -255,17 +255,9 @@ def changes() -> list[Callable[[BertModel], None]]:
     ]
 
 
-def two_layers(minilm: Path) -> SentenceEncoder:
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=36, num_attention_heads=3, num_hidden_layers=2, intermediate_size=37, initializer_range=0.2
-    )
-    return SentenceEncoder(BertModel(config).eval(), Tokenizer.from_pretrained(minilm))
-
-
 @pytest.fixture
 def encoder(minilm: Path) -> SentenceEncoder:
-    return two_layers(minilm)
+    return random_encoder(minilm)
 
 
 TEXTS = ["one text", "and another one"]
@@ -351,7 +343,7 @@ def test_a_norm_in_the_place_of_a_dropout_counts(minilm: Path) -> None:
 
 def test_inference_tensors_are_taken_as_they_are(minilm: Path) -> None:
     with torch.inference_mode():
-        encoder = two_layers(minilm)
+        encoder = random_encoder(minilm)
         before = encode(encoder)
         for parameter in encoder.model.parameters():
             parameter.mul_(1.5)
@@ -486,7 +478,7 @@ def test_a_compiled_model_is_left_as_it_is(encoder: SentenceEncoder, tmp_path: P
 
 
 def test_the_copy_dies_with_its_model(minilm: Path) -> None:
-    encoder = two_layers(minilm)
+    encoder = random_encoder(minilm)
     encoder.model.layers[0].register_forward_hook(lambda *_, holds=encoder: None)
     encoder.encode("one text")
     model = weakref.ref(encoder.model)

@@ -42,6 +42,7 @@ from tests.fast_reference import (
     needs_bfloat16,
     needs_exact,
     needs_onednn,
+    random_encoder,
     reference,
     relative,
     text,
@@ -128,11 +129,7 @@ def encoder(request: pytest.FixtureRequest, minilm: Path) -> SentenceEncoder:
     product = torch.bfloat16 if variant else None
     if name == "MiniLM":
         return SentenceEncoder.from_pretrained(minilm, dtype=product)
-    torch.manual_seed(0)  # rows that begin anywhere in a cache line
-    config = BertConfig(
-        hidden_size=39, num_attention_heads=3, num_hidden_layers=2, intermediate_size=37, initializer_range=0.2
-    )
-    return SentenceEncoder(BertModel(config).eval(), Tokenizer.from_pretrained(minilm), dtype=product)
+    return random_encoder(minilm, 39, product)  # rows that begin anywhere in a cache line
 
 
 @needs_onednn

@@ -18,10 +18,11 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from heads import MLPHead, MultiTaskModel
-from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer, mean_pooling
+from minibert import SentenceEncoder, Tokenizer, mean_pooling
 from minibert.fast_inference import FastModel, run
 from minibert.packing import PackedBatch
 from minibert.sentence_encoder import POOLINGS
+from tests.fast_reference import random_encoder
 from weights import CheckpointError
 
 WORDS = "a the cat sat on mat quick brown fox jumps over lazy dog sky blue unbelievable 2024 ! , .".split()
@@ -117,10 +118,7 @@ def test_normalisation_is_the_checkpoints_unless_told(
 
 @pytest.fixture
 def tiny_encoder(minilm: Path) -> SentenceEncoder:
-    """Random odd-sized weights on the published vocabulary."""
-    torch.manual_seed(0)
-    config = BertConfig(hidden_size=36, num_attention_heads=3, num_hidden_layers=2, intermediate_size=37)
-    return SentenceEncoder(BertModel(config), Tokenizer.from_pretrained(minilm))
+    return random_encoder(minilm).train()
 
 
 def test_training_mode_is_left_as_it_was(tiny_encoder: SentenceEncoder) -> None:
