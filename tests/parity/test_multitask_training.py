@@ -1,6 +1,5 @@
 """train.py's losses and final weights equal the same loop written with transformers, bit for bit."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,10 @@ from heads import MultiTaskModel
 from heads.data import SentenceDataset, epoch_batches
 from heads.tables import read_examples
 from minibert import Tokenizer
+from tests.training.conftest import a_new_head_may_be_frozen, steps
 from weights.key_maps import FAMILIES
 
-pytestmark = pytest.mark.filterwarnings("default:--freeze .* leaves the new head")
+pytestmark = a_new_head_may_be_frozen
 
 TASKS = {"type": "type", "sentiment": "sentiment"}
 LABELS = {"type": ("0", "1", "2"), "sentiment": ("0", "1", "2", "3")}
@@ -60,8 +60,7 @@ def test_every_strategy(small: Path, table: Path, tmp_path: Path, strategy: str)
     command += " --task type=type --task sentiment=sentiment --epochs 5 --batch-size 7 --seed 5"
     command += f" --lr 1e-3 --head-lr 3e-3 --weight-decay 0.1 --feature-cache-mb 0 --device cpu --output {run}"
     assert train.main(command.split()) == 0
-    ours = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = [record["losses"] for record in ours if "losses" in record]
+    losses = [record["losses"] for record in steps(run)]
 
     dataset = SentenceDataset(read_examples(table, "text", TASKS), Tokenizer.from_pretrained(small), LABELS)
     model = TransformersMultiTask(small, [3, 4], seed=5)

@@ -19,6 +19,9 @@ from heads.processes import Processes
 from heads.training_state import restore
 from tests.training.conftest import ROOT, Main, a_new_head_may_be_frozen, steps, table
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN.append(str(ROOT / "train.py"))
+
 
 @a_new_head_may_be_frozen
 @pytest.mark.slow
@@ -35,9 +38,8 @@ def test_two_processes_train_as_one(no_dropout: Path, tmp_path: Path, freeze: st
     command += f" --epochs 2 --batch-size 9 --lr 1e-4 --freeze {freeze} --balance uncertainty"
     command += " --device cpu"  # there may be one GPU
     assert train.main([*command.split(), "--output", str(tmp_path / "one")]) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
-        [*torchrun, str(ROOT / "train.py"), *command.split(), "--output", str(tmp_path / "two")],
+        [*TORCHRUN, *command.split(), "--output", str(tmp_path / "two")],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -85,10 +87,7 @@ def test_another_process_that_ends_is_one_sentence(
 def test_an_error_in_the_first_process_stops_all_with_one_sentence(small: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "best").mkdir(parents=True)
     command = f"--model {small} --data dummy --epochs 1 --device cpu --output {tmp_path / 'run'}"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*torchrun, str(ROOT / "train.py"), *command.split()], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([*TORCHRUN, *command.split()], capture_output=True, text=True, check=False)
     assert result.returncode != 0
     assert result.stderr.count("train.py: error: ") == 1
     assert "holds a best already" in result.stderr
