@@ -192,24 +192,23 @@ def main() -> None:
         parser.error(
             f"--sentences is {arguments.sentences}, it must be 64 to 360, as many as heads/demo.csv has"
         )
-    small = resolve("all-MiniLM-L6-v2")
+    small, count, rounds = resolve("all-MiniLM-L6-v2"), arguments.sentences, arguments.rounds
     results = {}
-    if arguments.quick:
-        results["all-MiniLM-L6-v2, short"] = measure(small, ["none"], "short", 32, 1)
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
+    print(f"seconds per epoch, how many times faster, peak memory; {torch.get_num_threads()} threads")
+    with tempfile.TemporaryDirectory() as temporary:
+        if arguments.quick:
+            runs = {"all-MiniLM-L6-v2, short": (small, ["none"], "short", 32, 1)}
+        else:
             base = save_base_size(Path(temporary) / "base")
-            for corpus in ("mixed", "short"):
-                strategies = ["none", "head:sentiment", "layers:3", "gradual", "backbone"]
-                table = measure(small, strategies, corpus, arguments.sentences, arguments.rounds)
-                results[f"all-MiniLM-L6-v2, {corpus}"] = table
-                print_table(f"all-MiniLM-L6-v2, {corpus}", table)
-            strategies = ["none", "layers:6", "backbone"]
-            table = measure(base, strategies, "mixed", arguments.sentences // 4, arguments.rounds)
-            results["bert-base size, mixed"] = table
-    print(f"\nseconds per epoch, how many times faster, peak memory; {torch.get_num_threads()} threads")
-    for title, rows in results.items():
-        print_table(title, rows)
+            strategies = ["none", "head:sentiment", "layers:3", "gradual", "backbone"]
+            runs = {
+                "all-MiniLM-L6-v2, mixed": (small, strategies, "mixed", count, rounds),
+                "all-MiniLM-L6-v2, short": (small, strategies, "short", count, rounds),
+                "bert-base size, mixed": (base, ["none", "layers:6", "backbone"], "mixed", count // 4, rounds),
+            }
+        for title, settings in runs.items():
+            results[title] = measure(*settings)
+            print_table(title, results[title])
     arguments.output.write_text(json.dumps(results, indent=2) + "\n")
     print(f"\nwrote {arguments.output}")
 
