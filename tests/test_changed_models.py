@@ -119,10 +119,6 @@ def changes() -> list[Callable[[BertModel], None]]:
 
     def activation(model: BertModel) -> None:
         model.get_submodule("layers.0.feed_forward").activation = nn.ReLU()
-        model.layers[0].feed_forward.up = nn.Linear(36, 37)  # type: ignore[union-attr]
-
-    def activation_alone(model: BertModel) -> None:
-        model.get_submodule("layers.0.feed_forward").activation = nn.ReLU()
 
     class OnlyScaled(nn.Module):
         def forward(self, hidden: Tensor, mask: object, attend: object) -> tuple[Tensor, None]:
@@ -249,7 +245,7 @@ def changes() -> list[Callable[[BertModel], None]]:
         *(merged, plain_tensor, without_cls, mixes_tokens, fewer_heads, fewer_inner_numbers, own_attention),
         *(own_function, one_key_for_all_heads, one_value_for_all_heads, no_layers, limited_table),
         *(the_first_inner_numbers, transposed, a_fused_step_that_leaves_no_gradient, before_a_layer),
-        *(no_bias, activation, activation_alone, other_forward, outside_forward, outside_hook),
+        *(no_bias, activation, other_forward, outside_forward, outside_hook),
         *(new_module, other_class, adapter, table_adapter, other_embeddings, other_layer, other_norm),
         *(other_eps, other_head_size, other_activation, own_activation, other_method),
     ]
