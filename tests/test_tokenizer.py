@@ -92,6 +92,21 @@ def directory(request: pytest.FixtureRequest, minilm: Path, tmp_path: Path) -> P
     return layout(minilm, tmp_path / "model", files, **settings)
 
 
+def assert_same_ids(directory: Path, texts: list[str]) -> Any:
+    """Of this directory's tokenizer as transformers and as we load it; returns them."""
+    expected = AutoTokenizer.from_pretrained(directory)(texts)["input_ids"]
+    assert Tokenizer.from_pretrained(directory).token_ids(texts) == expected
+    return expected
+
+
+def assert_same_ids_when_saved(directory: Path, texts: list[str]) -> Any:
+    expected = assert_same_ids(directory, texts)
+    Tokenizer.from_pretrained(directory).save_pretrained(directory)
+    again = assert_same_ids(directory, texts)
+    assert again == expected
+    return expected
+
+
 MASK = {"content": "[MASK]", "lstrip": True, "normalized": True, "single_word": True, "special": True}
 ADDED = {"content": "[ENT]", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
 
@@ -138,11 +153,7 @@ def test_added_tokens_are_autotokenizers(
         "a [mask] b[mask]",
         "<mask> [PAD]",
     ]
-    tokenizer = Tokenizer.from_pretrained(directory)
-    assert tokenizer.token_ids(texts) == AutoTokenizer.from_pretrained(directory)(texts)["input_ids"]
-    tokenizer.save_pretrained(directory)
-    assert Tokenizer.from_pretrained(directory).token_ids(texts) == tokenizer.token_ids(texts)
-    assert AutoTokenizer.from_pretrained(directory)(texts)["input_ids"] == tokenizer.token_ids(texts)
+    assert_same_ids_when_saved(directory, texts)
 
 
 @pytest.mark.parametrize(
@@ -170,9 +181,7 @@ def test_whose_added_tokens_count(
     parts["added_tokens"].append(ADDED | {"id": 30523, "content": "zzcov", "special": False})
     (directory / "tokenizer.json").write_text(json.dumps(parts))
     (directory / "added_tokens.json").write_text(json.dumps(older))
-    texts = ["na\u00efve [MASK].", "a [mask] b[MASK]c", "foo xfoo", "zzcovid"]
-    expected = AutoTokenizer.from_pretrained(directory)(texts)["input_ids"]
-    assert Tokenizer.from_pretrained(directory).token_ids(texts) == expected
+    assert_same_ids(directory, ["na\u00efve [MASK].", "a [mask] b[MASK]c", "foo xfoo", "zzcovid"])
 
 
 @pytest.mark.parametrize(
@@ -217,7 +226,6 @@ def test_whose_normalizer_counts(minilm: Path, tmp_path: Path, kind: str | None,
     settings: dict[str, Any] = {"tokenizer_class": kind} if kind else {}
     if cased is not None:
         settings["do_lower_case"] = not cased
-    texts = ["Hello É 中文 World"]
     for number, normalizer in enumerate(
         [None, {"lowercase": False, "strip_accents": False}, {"lowercase": True}]
     ):
@@ -225,8 +233,7 @@ def test_whose_normalizer_counts(minilm: Path, tmp_path: Path, kind: str | None,
         published = json.loads((directory / "tokenizer.json").read_text())
         published["normalizer"] = normalizer and published["normalizer"] | normalizer
         (directory / "tokenizer.json").write_text(json.dumps(published))
-        expected = AutoTokenizer.from_pretrained(directory)(texts)["input_ids"]
-        assert Tokenizer.from_pretrained(directory).token_ids(texts) == expected
+        assert_same_ids(directory, ["Hello É 中文 World"])
 
 
 def other_parts() -> dict[str, Callable[[Any], Any]]:
@@ -252,25 +259,14 @@ def test_whose_parts_count(minilm: Path, tmp_path: Path, kind: str | None, part:
     other_parts()[part](parts)
     (directory / "tokenizer.json").write_text(json.dumps(parts))
     texts = ["Hello uncharacteristically [MASK] \u4e2d\U0001f600", "", "word " * 20 + "[CLS]"]
-    expected = AutoTokenizer.from_pretrained(directory)(texts)["input_ids"]
-    tokenizer = Tokenizer.from_pretrained(directory)
-    assert tokenizer.token_ids(texts) == expected
-    tokenizer.save_pretrained(directory)
-    assert AutoTokenizer.from_pretrained(directory)(texts)["input_ids"] == expected
-    assert Tokenizer.from_pretrained(directory).token_ids(texts) == expected
+    assert_same_ids_when_saved(directory, texts)
 
 
 @pytest.mark.parametrize("split", [True, False])
 def test_special_tokens_in_texts(minilm: Path, tmp_path: Path, split: bool) -> None:
     directory = layout(minilm, tmp_path / "model", ["tokenizer.json"], split_special_tokens=split)
-    texts = ["Hello [SEP] World caf\u00e9 [MASK] x", "[CLS]"]
-    expected = AutoTokenizer.from_pretrained(directory)(texts)["input_ids"]
-    tokenizer = Tokenizer.from_pretrained(directory)
-    assert tokenizer.token_ids(texts) == expected
-    assert (103 in expected[0]) != split
-    tokenizer.save_pretrained(directory)
-    assert AutoTokenizer.from_pretrained(directory)(texts)["input_ids"] == expected
-    assert Tokenizer.from_pretrained(directory).token_ids(texts) == expected
+    ids = assert_same_ids_when_saved(directory, ["Hello [SEP] World caf\u00e9 [MASK] x", "[CLS]"])
+    assert (103 in ids[0]) != split
 
 
 @pytest.mark.parametrize("end", [" ", "\t", "\u00a0", "\r", "\x0c", "\x1c"])
@@ -279,8 +275,7 @@ def test_white_space_behind_a_token(minilm: Path, tmp_path: Path, end: str) -> N
     lines = (directory / "vocab.txt").read_text(encoding="utf-8").split("\n")
     lines[lines.index("hello")] += end
     (directory / "vocab.txt").write_text("\n".join(lines), encoding="utf-8", newline="")
-    expected = AutoTokenizer.from_pretrained(directory)(["hello"])["input_ids"]
-    assert Tokenizer.from_pretrained(directory).token_ids(["hello"]) == expected
+    assert_same_ids(directory, ["hello"])
 
 
 def test_truncation_from_the_left_is_refused(minilm: Path, tmp_path: Path) -> None:
@@ -309,8 +304,8 @@ def test_a_tokenizer_of_ones_own_is_saved_as_it_is(minilm: Path, tmp_path: Path,
     texts = ["it's a well-known case", "un\u0007known uncharacteristically"]
     expected = tokenizer.token_ids(texts)
     assert (expected == Tokenizer.from_pretrained(minilm).token_ids(texts)) == (part == "none")
-    assert Tokenizer.from_pretrained(directory).token_ids(texts) == expected
-    assert AutoTokenizer.from_pretrained(directory)(texts)["input_ids"] == expected
+    saved = assert_same_ids(directory, texts)
+    assert saved == expected
 
 
 def test_the_tokens_of_multilingual_models(tmp_path: Path) -> None:
