@@ -4,7 +4,6 @@ import io
 import json
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -94,20 +93,18 @@ def test_normalize_and_batch_size(expected: np.ndarray, tmp_path: Path) -> None:
     np.testing.assert_allclose(raw / np.linalg.norm(raw, axis=1, keepdims=True), expected, atol=5e-7)
 
 
+@pytest.mark.filterwarnings("default:.*texts cut to")
 def test_a_long_sentence_is_no_file_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["encode", *MODEL, "The report is now results.csv"]) == 0
     assert main(["encode", *MODEL, "word " * 100]) == 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        assert main(["encode", *MODEL, "word " * 300]) == 0
+    assert main(["encode", *MODEL, "word " * 300]) == 0
     assert capsys.readouterr().err == "minibert: warning: 1 of 1 texts cut to 256 tokens\n"
 
 
+@pytest.mark.filterwarnings("default:each line of")
 def test_a_table_is_lines_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.csv").write_text("text,label\nhello,0\n")
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        assert main(["encode", *MODEL, str(tmp_path / "mine.csv")]) == 0
+    assert main(["encode", *MODEL, str(tmp_path / "mine.csv")]) == 0
     said = capsys.readouterr()
     assert f"warning: each line of {tmp_path / 'mine.csv'} is taken for a sentence" in said.err
     assert "embeddings: 2 x 384" in said.out
