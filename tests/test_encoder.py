@@ -30,6 +30,9 @@ def random_ids(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(CONFIG.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
+IDS = random_ids(2, 5)
+
+
 def test_layer_equals_pytorchs_own() -> None:
     torch.manual_seed(0)
     ours = EncoderLayer(CONFIG).double().eval()
@@ -281,9 +284,6 @@ def test_fresh_weights_are_berts() -> None:
 
 def test_every_supported_activation_is_there() -> None:
     assert tuple(ACTIVATIONS) == HIDDEN_ACTS
-
-
-IDS = random_ids(2, 5)
 
 
 @pytest.mark.parametrize(

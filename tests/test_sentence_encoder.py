@@ -38,6 +38,11 @@ def encoder(minilm: Path) -> SentenceEncoder:
     return SentenceEncoder.from_pretrained(minilm)
 
 
+@pytest.fixture
+def tiny_encoder(minilm: Path) -> SentenceEncoder:
+    return random_encoder(minilm).train()
+
+
 def test_equals_sentence_transformers(encoder: SentenceEncoder, minilm: Path) -> None:
     texts = [*sentences(70), "word " * 200]
     expected = SentenceTransformer(str(minilm), device="cpu").encode(texts)
@@ -114,11 +119,6 @@ def test_normalisation_is_the_checkpoints_unless_told(
         raw / np.linalg.norm(raw, axis=1, keepdims=True), encoder.encode(texts), atol=1e-6
     )
     assert not tiny_encoder.normalize_embeddings  # a bare checkpoint
-
-
-@pytest.fixture
-def tiny_encoder(minilm: Path) -> SentenceEncoder:
-    return random_encoder(minilm).train()
 
 
 def test_training_mode_is_left_as_it_was(tiny_encoder: SentenceEncoder) -> None:
@@ -414,14 +414,11 @@ def test_a_warning_names_the_line_that_cut(
 
 
 @pytest.mark.parametrize("hooked", [False, True])
-def test_a_text_without_tokens_is_zero(
-    tiny_encoder: SentenceEncoder, hooked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_text_without_tokens_is_zero(tiny_encoder: SentenceEncoder, hooked: bool) -> None:
     only_text = tokenizers.processors.TemplateProcessing(single="$A", special_tokens=[])
     tiny_encoder.tokenizer.backend.post_processor = only_text
     if hooked:
         tiny_encoder.model.register_forward_hook(lambda *_: None)
-    monkeypatch.setattr(sys, "stderr", None)  # as in a process without a console
     assert tiny_encoder.encode(["", "a", ""]).any(1).tolist() == [False, True, False]
     assert tiny_encoder.encode("").tolist() == [0.0] * 36
 
@@ -449,7 +446,7 @@ class Log(io.StringIO):
 def test_any_standard_error_will_do(
     tiny_encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    stream = {"log": Log(), "closed": io.StringIO(), "none": None}[kind]
+    stream = {"log": Log(), "closed": io.StringIO(), "none": None}[kind]  # none: without a console
     if stream is not None and kind == "closed":
         stream.close()
     expected = tiny_encoder.encode(["a", "b"])
