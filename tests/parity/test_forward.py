@@ -77,11 +77,3 @@ def test_distilbert(attention: str, dtype: torch.dtype, tmp_path: Path) -> None:
 
     directory = save_random(DistilBertModel, DistilBertConfig(**TINY_DISTILBERT), tmp_path)
     assert_equal_outputs(directory, attention, dtype)
-
-
-def test_no_token_types_is_all_zeros(tiny: Path, attention: str) -> None:
-    ours, _ = load_both(tiny, attention)
-    ids = torch.randint(97, (3, 13), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        a, b = ours(ids), ours(ids, token_type_ids=torch.zeros_like(ids))
-    assert torch.equal(a.last_hidden_state, b.last_hidden_state)
