@@ -1,7 +1,7 @@
 """How fast encode is, beside other libraries and beside what the processor can do.
 
     python -m benchmarks.encode            all-MiniLM-L6-v2 and a bert-base-sized model: 20 to 25 minutes
-    python -m benchmarks.encode --quick    an eighth of the texts, 2 rounds, MiniLM only: to see that it runs
+    python -m benchmarks.encode --quick    a 32nd of the texts, 2 rounds, MiniLM only: to see that it runs
 
 The contenders take turns in one process; reported are medians, and medians of the ratios within a round
 (2 is twice as long as ours). transformers and sentence-transformers come with the test extra; ONNX Runtime

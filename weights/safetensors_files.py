@@ -236,7 +236,7 @@ def _write(path: Path, content: bytes | Mapping[str, Tensor]) -> None:
     else:
         path.touch()
         permissions = path.stat().st_mode  # safetensors would leave the file readable by its owner only
-        # transformers refuses files that do not say "pt"
+        # some programs refuse a file that does not say "pt"
         save_file(_unshared(content), path, metadata={"format": "pt"})
         path.chmod(permissions)
     with path.open("r+b") as file:
