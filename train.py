@@ -135,8 +135,11 @@ def train(
         tensors = collect(step, optimizer, processes)
         processes.from_first(partial(run.save, "last", model, progress, tensors))
 
+    def interrupted() -> bool:
+        return any(processes.totals([len(caught)]))  # in any process
+
     def stop_if_interrupted() -> None:
-        if any(processes.totals([len(caught)])):  # in any process
+        if interrupted():
             save()
             raise KeyboardInterrupt(run.path)
 
@@ -185,9 +188,9 @@ def train(
                 if processes.is_first:
                     run.log({**record, "losses": means})
                 bar.step(sum(means.values()), int(batch["attention_mask"].sum()))
+                stop_if_interrupted()
                 if options.save_every and progress.step % options.save_every == 0:
                     save()
-                stop_if_interrupted()
             bar.close()
             title = f"{title}, step {progress.step}{bar.speed()}"
 
@@ -206,7 +209,8 @@ def train(
                 print_epoch(title, record, majority_accuracies(sets, "validation"))
             if stop:
                 break
-            stop_if_interrupted()
+            if interrupted():  # all is saved already
+                raise KeyboardInterrupt(run.path)
 
 
 def all_batches(options: Options, dataset: SentenceDataset) -> list[list[list[int]]]:
@@ -230,7 +234,7 @@ def all_batches(options: Options, dataset: SentenceDataset) -> list[list[list[in
 def parameter_groups(plan: FreezePlan, step: TrainingStep, epoch: int) -> list[dict[str, Any]]:
     """The plan's, and the learned weights of the losses, which no plan freezes."""
     learned = list(step.loss.parameters())
-    group = {"params": learned, "lr": plan.head_lr, "weight_decay": 0.0}
+    group = {"params": learned, "lr": plan.head_lr, "weight_decay": 0.0, "plan_lr": plan.head_lr}
     return plan.optimizer_groups(step.model, epoch) + [group] * bool(learned)
 
 
@@ -313,8 +317,6 @@ def run_all(options: Options, processes: Processes, held: ExitStack) -> None:
         processes.from_first(partial(held.enter_context, run.locked()))
         processes.from_first(run.recover)
         progress, state = run.load(progress)
-        if state:
-            processes.from_first(partial(run.rewind, progress))
     start = replace(options, model=f"{options.output}/last") if state else options
     model, new = build_model(start, tasks, examples.get("train", []))
     model.to(processes.device)
@@ -333,7 +335,9 @@ def run_all(options: Options, processes: Processes, held: ExitStack) -> None:
     else:
         plan = options.plan()
         check_settings(options, plan, model, new, sets)
-        if run is None or not state:
+        if run is not None and state:
+            processes.from_first(partial(run.rewind, progress))
+        else:
             run = open_run(options, model, processes, held)
         if processes.is_first:
             print(f"\n{summary(plan, model, progress.epoch)}\n\nin {run.path}", flush=True)

@@ -9,7 +9,8 @@ from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer
 Rows = dict[str, dict[str, float]]
 
 FORMATS = {"seconds": ".3f", "max difference": ".1e", "min cosine": ".6f"}  # of columns; else two decimals
-FORMATS |= dict.fromkeys(("tokens/s", "GFLOP/s", "TFLOP/s", "identical", "of", "added MB", "peak MB"), ",.0f")
+FORMATS |= dict.fromkeys(("tokens/s", "GFLOP/s", "TFLOP/s", "% of square", "identical", "of"), ",.0f")
+FORMATS |= dict.fromkeys(("added MB", "peak MB", "exact MB", "fast MB", "padded MB"), ",.0f")
 
 
 def save_base_size(directory: Path) -> Path:

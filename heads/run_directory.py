@@ -126,7 +126,7 @@ class RunDirectory:
         last = self.path / "last"
         if not last.exists():
             lines = self.log_file.read_text(encoding="utf-8") if self.log_file.is_file() else ""
-            # after its first epoch a run may have died before that was saved, or in the middle of a line
+            # One epoch may be there whose run died before it was saved. (Its last line need not be whole JSON.)
             if lines.count('"trained": [') > 1:
                 raise CheckpointError(f"{last} is not there any more, so the run cannot go on: begin another")
             return begun, {}

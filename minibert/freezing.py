@@ -267,7 +267,7 @@ def _is_same_group(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     has = {**old, "params": [id(parameter) for parameter in old["params"]]}
     rate = given.pop("lr", None)
     given.pop("plan_lr", None)
-    if rate is not None and "plan_lr" in old:  # which OneCycleLR's groups have not
+    if rate is not None and "plan_lr" in old:  # set_groups gives OneCycleLR's groups none
         began = (old.get("initial_lr", old["lr"]), old["plan_lr"])  # the former is not always noted
         if not any(math.isclose(rate, each, rel_tol=1e-6) for each in began):  # a tensor's rate has 24 bits
             return False

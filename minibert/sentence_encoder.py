@@ -246,7 +246,7 @@ class SentenceEncoder(nn.Module):
         normalize: bool,
         show_progress_bar: bool | None = None,
     ) -> Iterator[tuple[Tensor, int]]:
-        """As `encode_blocks`, with how many texts of each block were cut, without a warning."""
+        """Blocks of embeddings, and how many texts of each were cut; neither checks nor warns."""
         total = length_hint(texts) or None  # unlike `len` it takes a DataLoader that does not know
         tokenized = self._tokenize(texts)
         results = _one_ahead(tokenized) if self._on_gpu() else (call() for call in tokenized)

@@ -8,7 +8,7 @@ Format: 8 bytes little-endian header length, a JSON header, then the raw tensors
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -159,6 +159,7 @@ def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Te
         tensors = content.values() if isinstance(content, Mapping) else []
         if not isinstance(content, bytes | Mapping | None) or not all(isinstance(t, Tensor) for t in tensors):
             raise TypeError(f"{name} is a {type(content).__name__}, it must be bytes, or tensors by name")
+    _refuse_heads(directory, files)
     place = directory if directory.is_dir() else directory.parent  # on the same file system in either case
     # not tempfile's: on Windows what is moved out of one can be read by its owner alone
     fresh = place / f".saving-{os.urandom(4).hex()}"
@@ -171,11 +172,19 @@ def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Te
                     _write(fresh / name, content)
             if not _renamed(fresh, directory):
                 with taking_turns(directory):
+                    _refuse_heads(directory, files)  # which another process may have saved meanwhile
                     _exchange(fresh, directory, list(files))
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # a full disk comes as the latter
         raise CheckpointError(f"{directory} cannot be written: {error}") from error
+
+
+def _refuse_heads(directory: Path, files: Container[str]) -> None:
+    if SINGLE in files and HEADS not in files and (directory / HEADS).exists():
+        raise CheckpointError(
+            f"{directory} holds heads of another encoder: give another directory, or remove its {HEADS}"
+        )
 
 
 def _renamed(fresh: Path, directory: Path) -> bool:
@@ -193,10 +202,6 @@ def _renamed(fresh: Path, directory: Path) -> bool:
 
 def _exchange(fresh: Path, directory: Path, names: list[str]) -> None:
     """Puts the files of `fresh` in the place of the old ones; if one cannot be, all old ones come back."""
-    if SINGLE in names and HEADS not in names and (directory / HEADS).exists():
-        raise CheckpointError(
-            f"{directory} holds heads of another encoder: give another directory, or remove its {HEADS}"
-        )
     if len(names) == 1 and (fresh / names[0]).exists():
         (fresh / names[0]).replace(directory / names[0])  # at no moment is there none
         return

@@ -37,7 +37,7 @@ def test_learned_weights_of_losses_do_not_decay(small: Path) -> None:
     loss = MultiTaskLoss(["a"], uncertainty=True)
     plan = FreezePlan("all", head_lr=0.5, weight_decay=0.1)  # which does not freeze them
     (group,) = train.parameter_groups(plan, train.TrainingStep(model, loss), 0)
-    assert group == {"params": [loss.log_variance], "lr": 0.5, "weight_decay": 0.0}
+    assert group == {"params": [loss.log_variance], "lr": 0.5, "plan_lr": 0.5, "weight_decay": 0.0}
 
 
 def test_steps_instead_of_epochs(main: Main) -> None:

@@ -70,12 +70,32 @@ def test_resuming_is_exact(
 
     monkeypatch.setattr(RunDirectory, "log", interrupting)
     part = main("part", options, status=130)
-    assert len(steps(part)) in (stop, stop + 1)
+    assert len(steps(part)) == stop
     monkeypatch.undo()
     assert train.main(["--output", str(part), "--resume"]) == 0
     assert_same_run(whole, part)
     assert train.main(["--output", str(part), "--resume"]) == 0  # a finished run only reports again
     assert_same_run(whole, part)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(RunDirectory, "log"), (train, "evaluate")])
+def test_an_interrupt_saves_once(main: Main, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    """In a step, and while the model is evaluated, after which it is saved anyway."""
+    saved = []
+    save, interrupted = RunDirectory.save, getattr(owner, name)
+
+    def saving(self: RunDirectory, *arguments: Any) -> None:
+        saved.append(arguments[0])
+        save(self, *arguments)
+
+    def interrupting(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return interrupted(*arguments)
+
+    monkeypatch.setattr(RunDirectory, "save", saving)
+    monkeypatch.setattr(owner, name, interrupting)
+    run = main("part", "--save-every 1", status=130)
+    assert saved == ["last"] * len(steps(run)) + ["best", "last"] * (name == "evaluate")
 
 
 @pytest.mark.parametrize("options", ["", "--fast"])
