@@ -497,8 +497,8 @@ def test_a_larger_vocabulary_counts_once_the_config_says_so(encoder: SentenceEnc
     encoder.tokenizer.backend.add_tokens(["zzqq"])
     table = encoder.model.embeddings.word.weight
     encoder.model.embeddings.word = nn.Embedding(30523, 36, _weight=torch.cat([table, 2 * table[:1]]).detach())
-    with pytest.raises(ValueError, match=r"input_ids\[2\] is 30522, it must be from 0 to 30521"):
-        encoder.encode("a zzqq")
+    with pytest.raises(ValueError, match=r"input_ids\[7\] is 30522, it must be from 0 to 30521"):
+        encoder.encode(["a b c", "a zzqq"])
     encoder.model.config = replace(encoder.model.config, vocab_size=30523)
     vector = encoder.encode(["a zzqq"], convert_to_tensor=True)
     assert relative(vector, reference(encoder, ["a zzqq"])) < 1e-6

@@ -238,6 +238,7 @@ def test_saved_model_loads_in_transformers(tiny: Path, minilm: Path, tmp_path: P
         reference, info = AutoModel.from_pretrained(directory, output_loading_info=True)
         assert not any(info.values()), info
         saved = BertModel.from_pretrained(directory)
+        assert not any(module.training for module in saved.modules())
         ids = torch.randint(97, (3, 13), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             ours, theirs = saved(ids), reference.eval()(ids)
@@ -666,6 +667,8 @@ def test_collapse_layers() -> None:
     assert collapse_layers(f"x.layer.{i}.y" for i in (0, 1, 10, 11, 2)) == [
         "x.layer.0-2,10-11.y"
     ]  # as in files
+    sentences = (f"x.layer.{i}.y is (1,) and not (2,)" for i in range(3))
+    assert collapse_layers(sentences) == ["x.layer.0-2.y is (1,) and not (2,)"]
     assert collapse_layers(["x.layer.².y"]) == ["x.layer.².y"]  # a digit to Python, and no number
 
 

@@ -192,9 +192,7 @@ def test_bad_input_is_one_sentence(
 
 
 @pytest.mark.parametrize("name", ["out.npy", "out.safetensors"])
-def test_a_full_disk_is_one_sentence(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
-) -> None:
+def test_a_full_disk_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
     """Also if only the last few bytes find no room: what was there before stays."""
     command = ["encode", *MODEL, "a sentence", "-o", str(tmp_path / name)]
     for before in ([], [name]):

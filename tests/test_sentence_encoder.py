@@ -59,7 +59,13 @@ def test_the_limit_is_set_as_in_sentence_transformers(minilm: Path) -> None:
     np.testing.assert_allclose(ours, theirs.encode(text), atol=5e-7)
     encoder.max_seq_length = 600  # more than there are positions
     with pytest.raises(ValueError, match="input_ids is 600 tokens long, this model has positions for 512"):
-        encoder.encode("word " * 600)
+        encoder.encode(["word " * 600, "short"])
+
+
+def test_the_order_is_kept(tiny_encoder: SentenceEncoder) -> None:
+    texts = ["a b c", "a", "a b c d e", "a b"]
+    alone = np.stack([tiny_encoder.encode(text) for text in texts])
+    np.testing.assert_allclose(tiny_encoder.encode(texts, 3), alone, atol=1e-5)
 
 
 def test_shapes_and_types(encoder: SentenceEncoder) -> None:
@@ -133,8 +139,9 @@ def test_training_mode_is_left_as_it_was(tiny_encoder: SentenceEncoder) -> None:
     assert [module.training for module in tiny_encoder.modules()] == modes
 
 
-def test_what_from_pretrained_is_told(minilm: Path) -> None:
-    encoder = SentenceEncoder.from_pretrained(minilm, attention="eager", compile=True)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_what_from_pretrained_is_told(minilm: Path, dtype: torch.dtype | None) -> None:
+    encoder = SentenceEncoder.from_pretrained(minilm, attention="eager", dtype=dtype, compile=True)
     assert encoder.model.attention == "eager"
     with pytest.raises(ValueError, match="compile=True needs a GPU"):
         encoder.encode("one text")

@@ -429,6 +429,12 @@ def test_saved_beside_a_model(minilm: Path, tmp_path: Path) -> None:
     assert not any((directory / name).exists() for name in ("vocab.txt", "added_tokens.json"))
 
 
+@pytest.mark.parametrize("setting", ["do_lower_case", "strip_accents", "tokenize_chinese_chars"])
+def test_settings_are_saved(minilm: Path, tmp_path: Path, setting: str) -> None:
+    directory = layout(minilm, tmp_path / "model", ["vocab.txt"], **{setting: False})
+    assert_same_ids_when_saved(directory, ["Caf\u00e9 na\u00efve \u4e2d\u6587"])
+
+
 def test_padding_of_the_backend_is_not_encoded(minilm: Path) -> None:
     tokenizer = Tokenizer.from_pretrained(minilm)
     tokenizer.backend.enable_padding(length=40)
