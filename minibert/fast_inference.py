@@ -109,9 +109,10 @@ class _Kept:
 
     def _numbers(self, dtype: torch.dtype | None) -> list[object]:
         """What changes when one is written to or moved, or a hook is set; of inference tensors, always."""
-        if any(map(Tensor.is_inference, self.parameters)):
+        try:
+            versions = [*map(attrgetter("_version"), self.parameters)]
+        except RuntimeError:  # inference tensors have none
             return [object()]
-        versions = map(attrgetter("_version"), self.parameters)
         shapes = chain(map(Tensor.size, self.matrices), map(Tensor.stride, self.matrices))
         return [dtype, any(self.hooks), *versions, *map(Tensor.data_ptr, self.parameters), *shapes]
 
