@@ -72,8 +72,8 @@ def encode_file(
     With `resume` it goes on where a stopped run was; starts if there is none; does nothing if it is whole.
 
     Raises:
-        ValueError: the text is empty, not UTF-8, or changes meanwhile; fewer lines than shards; a
-            stopped run lies there and `resume` is false, or it was of another text, model or setting;
+        ValueError: a batch_size below 1; the text is empty, not UTF-8, or changes meanwhile; fewer lines than
+            shards; a stopped run lies there and `resume` is false, or it was of another text, model or setting;
             another process is at it; an encoder whose vectors are not as wide as its model's states.
         OSError: a file cannot be read or written, or the disk has no room for the whole array.
     """
