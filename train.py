@@ -168,11 +168,11 @@ def train(
                 shares = {task: count / processes.count for task, count in counts.items()}
                 with processes.autocast():
                     objective, losses, logits = parallel(mine, labels, sets["train"].depth, shares)
-                hits = processes.totals(
-                    [int((logits[task].argmax(1) == labels[task]).sum()) for task in losses]
+                hits = [float((logits[task].argmax(1) == labels[task]).sum()) for task in losses]
+                *sums, signals = processes.totals(  # of all processes, in one exchange
+                    [*(loss.item() for loss in losses.values()), *hits, float(len(caught))]
                 )
-                sums = processes.totals([loss.item() for loss in losses.values()])
-                means = {task: value / processes.count for task, value in zip(losses, sums, strict=True)}
+                means = {task: value / processes.count for task, value in zip(losses, sums, strict=False)}
                 for task, value in means.items():
                     check_finite(f"loss of {task}", value, record)
                 objective.backward()
@@ -183,14 +183,15 @@ def train(
 
                 progress.step += 1
                 progress.batch += 1
-                for (task, mean), hit in zip(means.items(), hits, strict=True):
+                for (task, mean), hit in zip(means.items(), sums[len(means) :], strict=True):
                     progress.count(task, mean * counts[task], hit, counts[task])
                 if processes.is_first:
                     run.log({**record, "losses": means})
                 bar.step(sum(means.values()), int(batch["attention_mask"].sum()))
-                stop_if_interrupted()
-                if options.save_every and progress.step % options.save_every == 0:
+                if signals or (options.save_every and progress.step % options.save_every == 0):
                     save()
+                if signals:
+                    raise KeyboardInterrupt(run.path)
             bar.close()
             title = f"{title}, step {progress.step}{bar.speed()}"
 

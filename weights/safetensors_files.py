@@ -166,18 +166,17 @@ def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Te
     try:
         place.mkdir(parents=True, exist_ok=True)
         fresh.mkdir()
-        try:
-            for name, content in files.items():
-                if content is not None:
-                    _write(fresh / name, content)
-            if not _renamed(fresh, directory):
-                with taking_turns(directory):
-                    _refuse_heads(directory, files)  # which another process may have saved meanwhile
-                    _exchange(fresh, directory, list(files))
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+        for name, content in files.items():
+            if content is not None:
+                _write(fresh / name, content)
+        if not _renamed(fresh, directory):
+            with taking_turns(directory):
+                _refuse_heads(directory, files)  # which another process may have saved meanwhile
+                _exchange(fresh, directory, list(files))
     except (OSError, SafetensorError) as error:  # a full disk comes as the latter
         raise CheckpointError(f"{directory} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _refuse_heads(directory: Path, files: Container[str]) -> None:
