@@ -44,7 +44,7 @@ def fill(
 ) -> Iterator[int]:
     """Computes the features of every sentence in `sets`, dataset -> batches of its sentences.
 
-    Yields after each batch how many sentences it had; a dataset has its features when all of them are there.
+    Yields after each batch how many more sentences have theirs; a dataset has them when all are there.
 
     They are computed in these batches; sentences that are in none of them come last, in batches as `evaluate`
     makes them. Given the batches of the first epoch, that epoch's numbers are those of an uncached run, bit for
@@ -63,8 +63,9 @@ def fill(
         features: dict[int, Tensor] = {}
         parts = _packed(fast, dataset, pooled) if fast else _padded(encoder, dataset, batches, depth)
         for batch, rows in parts:
+            before = len(features)  # with uniform mixing a sentence may be in several batches
             features |= {i: row.clone() for i, row in zip(batch, rows, strict=True)}
-            yield len(batch)
+            yield len(features) - before
         dataset.features, dataset.depth = [features[i] for i in range(len(dataset))], depth
 
 
