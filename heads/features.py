@@ -48,7 +48,7 @@ def fill(
 
     They are computed in these batches; sentences that are in none of them come last, in batches as `evaluate`
     makes them. Given the batches of the first epoch, that epoch's numbers are those of an uncached run, bit for
-    bit; in later epochs, whose batches are others, they agree to rounding. Packed attention never gives the
+    bit; in later epochs, whose batches are others, they agree up to rounding. Packed attention never gives the
     reference's numbers, so there the sentences are batched as is fastest.
     """
     encoder = model.encoder

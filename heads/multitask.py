@@ -57,7 +57,7 @@ class MultiTaskModel(nn.Module):
     Args:
         encoder: its weights are shared by all tasks.
         heads: task name -> (B, H) embeddings to (B, classes) logits, e.g. `MLPHead(768, 256, 3)`.
-        labels: task name -> what its classes are called; the numbers of an `MLPHead`'s if not given.
+        labels: task name -> the names of its classes; if not given, "0", "1", ... for an `MLPHead`.
         tokenizer: needed by `predict` only; saved with the rest.
 
     Raises:

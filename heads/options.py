@@ -38,7 +38,9 @@ class Options:
         "labels, to see that a run goes through",
         choices=("demo", "dummy"),
     )
-    train: tuple[str, ...] = option((), "training file, or TASK=FILE, repeatable", "FILE")
+    train: tuple[str, ...] = option(
+        (), "training file (.csv, .tsv, .jsonl), or TASK=FILE with labels of one task, repeatable", "FILE"
+    )
     validation: tuple[str, ...] = option((), "validation file, or TASK=FILE, repeatable", "FILE")
     test: tuple[str, ...] = option((), "test file, or TASK=FILE, repeatable", "FILE")
     text: str = option("text", "the column of text", "COLUMN")
@@ -61,7 +63,7 @@ class Options:
     batch_size: int = option(16, "sentences in a step, over all processes", "N")
     batch_tokens: int | None = option(None, "tokens in a step, padding included, in place of --batch-size", "N")
     lr: float | None = option(None, "learning rate (default: 5e-05, and 1e-03 for the heads)", "X")
-    head_lr: float | None = option(None, "learning rate of the heads (default: --lr if that is given)", "X")
+    head_lr: float | None = option(None, "learning rate of the heads (default: --lr if given, else 1e-03)", "X")
     layer_lr_decay: float = option(1.0, "each layer's learning rate over that of the layer above", "X")
     weight_decay: float = option(0.01, "of matrices; biases and LayerNorms have none", "X")
     warmup: float = option(0.1, "part of the steps in which the learning rate rises from 0", "X")
@@ -73,13 +75,13 @@ class Options:
         "sum", "add the tasks' losses, or learn their weights", choices=("sum", "uncertainty")
     )
     loss_weight: tuple[str, ...] = option((), "factor of a task's loss, repeatable (default: 1)", "NAME=X")
-    fast: bool = option(False, "compute nothing on padding: faster, and equal to rounding but for dropout")
+    fast: bool = option(False, "compute nothing on padding: faster, and equal up to rounding but for dropout")
     bf16: bool = option(False, "compute in bfloat16 where that is safe (autocast)")
     seed: int = option(0, "of the heads' first weights, the order of the data, and dropout", "N")
     device: str = option("auto", "cpu, cuda or cuda:N; auto: a GPU if there is one", "NAME")
     metric: str = option(
         "accuracy",
-        "what is best on validation: [TASK.]loss, accuracy or macro_f1 (mean of the tasks)",
+        "what chooses best/, on validation: loss, accuracy or macro_f1 (mean of the tasks), or TASK.loss etc.",
         "NAME",
     )
     patience: int = option(0, "stop when so many epochs in a row were not the best; 0: never", "N")
@@ -175,7 +177,7 @@ def parser() -> Parser:
     result.add_argument(
         "--config",
         metavar="FILE",
-        help="options as JSON, names with _ for -; those beside it replace its own",
+        help="options as JSON, names with _ for -; options on the command line override them",
     )
     for item in fields(Options):
         kind, details = str(item.type), dict(item.metadata)

@@ -40,9 +40,9 @@ _register_namedtuple(BertModelOutput, serialized_type_name="minibert.BertModelOu
 class BertModel(nn.Module):
     """The BERT encoder (Devlin et al. 2018, section 3), with random weights; see `from_pretrained`.
 
-    `attention` is "sdpa" (fused), "eager" (written out, and can return its weights) or "packed" (the
-    layers take (tokens, H), without the padding, whose outputs are 0: the fastest on a CPU, and equal to
-    rounding).
+    `attention` is "sdpa" (fused), "eager" (written out, and can return its weights) or "packed" (layers
+    take (tokens, H), without padding; outputs at padding are 0: the fastest on a CPU, and equal up to
+    rounding), or a name in `minibert.attention.ATTENTION_FUNCTIONS`.
     `add_pooling_layer`: with a `pooler` (a DistilBERT has none).
 
     Raises:

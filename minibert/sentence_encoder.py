@@ -41,10 +41,10 @@ BLOCK_SENTENCES, BLOCK_CHARACTERS = 4096, 1_000_000  # that are read, tokenized 
 class SentenceEncoder(nn.Module):
     """A BERT, its tokenizer and a pooling (Reimers & Gurevych 2019, section 3).
 
-    `pooling` is "mean" or "cls"; `normalize_embeddings` whether `encode` scales each vector to
-    length 1 when it is not told; `dtype` what `encode` computes its Linears in, the weights' own if
-    None; `compile` whether `encode` goes through torch.compile, on a GPU and in bfloat16 or float16.
-    An `nn.Module`: `.to("cuda")`, and `forward` can be trained.
+    `pooling` is "mean" or "cls"; `normalize_embeddings` the default of `encode`'s argument, whether
+    each vector is scaled to length 1; `dtype` what `encode` computes its Linears in, the weights' dtype
+    if None; `compile` whether `encode` uses torch.compile (on a GPU, in bfloat16 or float16).
+    An `nn.Module`: `.to("cuda")` moves it, and `forward` can be trained.
 
     Raises:
         TypeError: the model is no BertModel (nor anything that has its config, device and dtype), or the
@@ -104,7 +104,8 @@ class SentenceEncoder(nn.Module):
         dtype: torch.dtype | None = None,
         compile: bool = False,
     ) -> Self:
-        """From a model directory, a catalog name or `org/name`; arguments as `BertModel.from_pretrained`.
+        """From a model directory, a catalog name or `org/name`; arguments as `BertModel.from_pretrained`,
+        and `compile` as for the class.
 
         With dtype=torch.bfloat16 `encode` computes its Linears in bfloat16 and all else in float32;
         `model` keeps the published weights.
@@ -186,9 +187,9 @@ class SentenceEncoder(nn.Module):
         called with the ids and a mask of texts of one length at a time: slower, in the model's own dtype,
         not compiled, and bits may depend on the batch.)
 
-        Weights may have changed since the last call. Of what is written into `.data`, or by numpy or a
-        collective into a detached tensor, torch keeps no record: it is noticed if it concerns all numbers
-        of a Linear's matrix or bias; else call `torch.autograd.graph.increment_version(model.parameters())`.
+        Weights that have changed since the last call are noticed, except where torch keeps no record (written
+        into `.data`, or by numpy or a collective into a detached tensor) and not all numbers of a Linear's
+        matrix or bias changed: then call `torch.autograd.graph.increment_version(model.parameters())`.
 
         Args:
             sentences: a string, or any iterable of strings, which is read block by block.
@@ -204,8 +205,8 @@ class SentenceEncoder(nn.Module):
         Raises:
             TypeError: not a string (which one is named).
             ValueError: a lone surrogate, a batch_size below 1, a `dtype` wider than the model's,
-                `compile` where it cannot be used, or a tokenizer with more tokens, or a higher limit, than
-                the model has vectors for.
+                `compile` where it cannot be used, or a text with an id or a position that the model has no
+                vector for (a tokenizer with more tokens, or a higher limit, than it).
         """
         blocks = self.encode_blocks(sentences, batch_size, normalize_embeddings, show_progress_bar)
         if not convert_to_tensor:  # a GPU need not hold them all

@@ -1,4 +1,4 @@
-"""`attention="packed"` and `train.py --fast`: the reference's gradients to rounding, without padding."""
+"""`attention="packed"` and `train.py --fast`: the reference's gradients up to rounding, without padding."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
