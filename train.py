@@ -370,9 +370,12 @@ def check_settings(
     sets: dict[str, SentenceDataset],
 ) -> None:
     """What could only fail later is said before training; `new` are the heads that have learned nothing yet."""
-    for name in ("train", "validation"):
-        if name not in sets:
-            raise DataError(f"there is no sentence for {name}")
+    largest = max(max(row, default=0) for dataset in sets.values() for row in dataset.ids)
+    if largest >= model.encoder.config.vocab_size:
+        raise DataError(
+            f"the tokenizer of {options.model} has made an id {largest} of a sentence, but the model's "
+            f"vocab_size is {model.encoder.config.vocab_size}: they do not belong together"
+        )
     build_loss(options, model)
     trained = plan.trained(model, sys.maxsize)  # in some epoch, since what has thawed stays so
     if trained and not plan.trained(model, 0):
@@ -417,7 +420,8 @@ def open_run(options: Options, model: MultiTaskModel, processes: Processes, held
                         f"{path} holds a {name} already: give another --output, or go on with that run by "
                         "--resume"
                     )
-        run.begin(options.resolved())
+        if not options.eval_only:  # which writes nothing unless it succeeds
+            run.begin(options.resolved())
         return path
 
     return RunDirectory(processes.from_first(begin))
@@ -453,6 +457,8 @@ def finish(
             majorities[name] = majority_accuracies(sets, name)
     subject = options.model if options.eval_only else "the best checkpoint"
     if run is not None:
+        if options.eval_only:
+            run.begin(options.resolved())
         plan = "evaluated only" if options.eval_only else summary(options.plan(), model, epoch)
         write_report(run, subject, results, labels=model.labels, majorities=majorities, plan=plan)
     print_results(subject, results, majorities)

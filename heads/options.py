@@ -124,6 +124,8 @@ class Options:
             raise ValueError("--task, --validation and --test need --train FILE (or --eval-only)")
         if bool(self.task) != bool(self.train or self.validation or self.test):
             raise ValueError("files need --task NAME=COLUMN, and --task needs files")
+        if not self.task and (self.text, self.split) != (Options.text, Options.split):
+            raise ValueError("--text and --split are about files: give --train FILE, too (or --test)")
         self.plan()  # what cannot be in these two is said before anything is read, too
         self.loss_weights()
 
@@ -177,7 +179,7 @@ def parser() -> Parser:
     result.add_argument(
         "--config",
         metavar="FILE",
-        help="options as JSON, names with _ for -; options on the command line override them",
+        help="options as JSON, names with _ for - (a run's own names both rates); the command line overrides",
     )
     for item in fields(Options):
         kind, details = str(item.type), dict(item.metadata)

@@ -13,7 +13,7 @@ def read_sets(options: Options) -> tuple[dict[str, list[Example]], list[str]]:
     """The examples of train, validation and test, and the names of the tasks.
 
     Raises:
-        DataError: a file that cannot be used, a set given twice, too few examples to hold some out.
+        DataError: a file that cannot be used, a set given twice, none for training, too few to hold some out.
     """
     tasks = options.pairs("task")
     if options.train or options.validation or options.test:
@@ -43,6 +43,9 @@ def read_sets(options: Options) -> tuple[dict[str, list[Example]], list[str]]:
                 "tasks and --validation-fraction were the same; a column named split can mark its rows",
                 stacklevel=1,
             )
+    for name in ("train", "validation"):
+        if not sets[name] and not options.eval_only:
+            raise DataError(f"there is no sentence for {name}")
     _warn_of_seen(sets)
     return {name: examples for name, examples in sets.items() if examples}, list(tasks)
 

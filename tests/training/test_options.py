@@ -13,6 +13,7 @@ import pytest
 import train
 from heads import MultiTaskModel
 from heads.options import Options, read_options
+from minibert import Tokenizer
 from tests.full_disk import no_file_beyond
 from tests.terminal import shown_on_a_terminal
 from tests.training.conftest import Main, assert_same_run, table
@@ -39,6 +40,8 @@ from tests.training.conftest import Main, assert_same_run, table
         ("--loss-weight type=much", "--loss-weight type=much: could not convert string to float: 'much'"),
         ("--loss-weight type=2 --balance uncertainty", "choose one"),
         ("--task a=b", "--task, --validation and --test need --train FILE"),
+        ("--text sentence", "--text and --split are about files: give --train FILE, too"),
+        ("--split part", "--text and --split are about files: give --train FILE, too"),
         ("--train x.csv", "--train needs --task NAME=COLUMN"),
         ("--train x.csv --task a=b", "x.csv cannot be read: No such file or directory"),
         ("--device gpu", "--device gpu:"),
@@ -89,6 +92,33 @@ def test_a_split_that_would_be_overlooked(
     assert train.main((command + f"--split {column}").split()) == 0
 
 
+def test_no_sentence_for_training(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [(f"text {i}", "xy"[i % 2], "validation") for i in range(6)]
+    data = table(tmp_path / "d.csv", [("text", "a", "split"), *rows])
+    assert train.main(f"--model {small} --train {data} --task a=a --output {tmp_path / 'run'}".split()) == 2
+    assert "error: there is no sentence for train\n" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_with_more_words_than_the_model(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only one sentence, of those for testing, has the word."""
+    tokenizer = Tokenizer.from_pretrained(small)
+    size = tokenizer.backend.get_vocab_size()
+    tokenizer.backend.add_tokens(["qwertz"])
+    shutil.copytree(small, tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [(f"text {i}", "xy"[i % 2], "train") for i in range(30)]
+    data = table(tmp_path / "d.csv", [("text", "a", "split"), *rows, ("a qwertz", "x", "test")])
+    command = f"--model {tmp_path / 'model'} --train {data} --task a=a --output {tmp_path / 'run'}"
+    assert train.main(command.split()) == 2
+    assert (
+        f"has made an id {size} of a sentence, but the model's vocab_size is {size}" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -107,11 +137,11 @@ def test_a_bad_config(tmp_path: Path, content: str, message: str, capsys: pytest
 
 def test_the_command_line_wins_over_the_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
-        '{"epochs": 3, "bf16": true, "lr": 0.1, "loss_weight": ["a=1", "b=2"], "text": "--body"}'
+        '{"epochs": 3, "bf16": true, "lr": 0.1, "loss_weight": ["a=1", "b=2"], "model": "--mine"}'
     )
     options = read_options(["--config", str(tmp_path / "config.json"), "--epochs", "4", "--loss-weight", "c=3"])
     assert (options.epochs, options.bf16, options.lr, options.loss_weight) == (4, True, 0.1, ("c=3",))
-    assert options.text == "--body"
+    assert options.model == "--mine"
 
 
 @pytest.mark.parametrize("lr", ["", "--lr 1e-4", "--head-lr 1e-2", "--lr 1e-4 --head-lr 1e-2"])
