@@ -21,7 +21,7 @@ from minibert.wrapped import bert_inside, uncompiled
 from weights import CheckpointError, resolve
 from weights.hub import MODULES, TOKENIZER_FILES
 from weights.json_files import read_json, to_json
-from weights.safetensors_files import HEADS, read_file
+from weights.safetensors_files import HEADS, check_same_save, last_save, read_file
 
 TENSORS = "heads.safetensors"
 BATCH_SIZE = 64  # where nothing is learned and nobody says
@@ -228,6 +228,7 @@ class MultiTaskModel(nn.Module):
                 f"{directory} has no {HEADS}, so no MultiTaskModel was saved there: make one "
                 "by MultiTaskModel(BertModel.from_pretrained(...), {...})"
             )
+        save = last_save(directory)
         settings = read_json(directory / HEADS).get("heads")
         if not isinstance(settings, dict):
             raise CheckpointError(f"{directory / HEADS} has no `heads`: save_pretrained did not write it")
@@ -249,6 +250,7 @@ class MultiTaskModel(nn.Module):
             raise CheckpointError(f"{directory / HEADS}: {error}") from error
         try:
             tensors = read_file(directory / TENSORS)
+            check_same_save(directory, save)
             for key, tensor in [*model.heads.named_parameters(), *model.heads.named_buffers()]:
                 if tensor.is_floating_point():
                     tensor.data = tensor.data.to(dtype or tensors.get(key, tensor).dtype)
@@ -285,7 +287,10 @@ def _is_plain(head: nn.Module) -> TypeGuard[MLPHead]:
     """Whether three numbers say what it is."""
     if type(head) is not MLPHead:
         return False
-    return all(type(part) is nn.Linear and part.bias is not None for part in (head.hidden, head.out))
+    return all(
+        type(part) is nn.Linear and dict(part.named_parameters()).keys() == {"weight", "bias"}
+        for part in (head.hidden, head.out)
+    )
 
 
 def _build_head(name: str, sizes: Any) -> MLPHead:

@@ -104,9 +104,10 @@ def check_states(states: Tensor, mask: Tensor) -> None:
 def states_and_weights(part: str, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
     """What a layer or an attention gave. Raises TypeError unless that is a pair (a batch of two is none)."""
     if not isinstance(output, tuple | list) or len(output) != 2:
-        what = f"a {type(output).__name__}" + f" of {len(output)}" * isinstance(output, tuple | list)
+        length = f" of {len(output)}" if isinstance(output, tuple | list) else ""
         raise TypeError(
-            f"{part} gave {what}, it must give a pair: its states, and the attention weights or None"
+            f"{part} gave a {type(output).__name__}{length}, it must give a pair: its states, and the "
+            "attention weights or None"
         )
     return output
 

@@ -16,6 +16,7 @@ from minibert.layers import EncoderLayer, Pooler
 from minibert.meta_device import without_numbers
 from minibert.packing import PaddedBatch
 from weights import load_checkpoint, resolve, save_checkpoint
+from weights.safetensors_files import check_same_save, last_save
 
 
 class BertModelOutput(NamedTuple):
@@ -178,8 +179,10 @@ class BertModel(nn.Module):
         """
         check_dtype(dtype)
         directory = resolve(name_or_path)
+        save = last_save(directory)
         config = BertConfig.from_pretrained(directory)
         checkpoint = load_checkpoint(directory)
+        check_same_save(directory, save)
         has_pooler = any(name.startswith("pooler.") for name in checkpoint.tensors)
         with without_numbers():  # the file has them
             model = cls(config, attention=attention, add_pooling_layer=has_pooler)

@@ -30,6 +30,7 @@ from minibert.tokenizer import Tokenizer, as_iterable, check_tokenizer
 from minibert.wrapped import bert_inside
 from weights import resolve
 from weights.hub import SMALL_FILES
+from weights.safetensors_files import check_same_save, last_save
 
 T = TypeVar("T")
 
@@ -119,6 +120,7 @@ class SentenceEncoder(nn.Module):
             ValueError: `attention` or `dtype` is none of those.
         """
         directory = resolve(name_or_path)
+        save = last_save(directory)
         pooling, normalize = read_modules(directory)
         in_encode_only = dtype == torch.bfloat16
         model = BertModel.from_pretrained(
@@ -126,9 +128,11 @@ class SentenceEncoder(nn.Module):
         )
         if in_encode_only and model.dtype == torch.float16:
             model.float()  # float16 has no room for the numbers of bfloat16
+        tokenizer = Tokenizer.from_pretrained(directory)
+        check_same_save(directory, save)
         return cls(
             model,
-            Tokenizer.from_pretrained(directory),
+            tokenizer,
             pooling=pooling,
             normalize_embeddings=normalize,
             dtype=dtype if in_encode_only else None,

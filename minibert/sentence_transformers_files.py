@@ -89,7 +89,7 @@ def module_files(pooling: str, normalize: bool, *, hidden_size: int, max_seq_len
     """The inverse of `read_modules`: file name -> contents. Raises ValueError for another pooling."""
     if pooling not in ("mean", "cls"):
         raise ValueError(f"pooling by {pooling!r} cannot be saved, only by mean or cls")
-    modules = [("Transformer", ""), ("Pooling", "1_Pooling")] + [("Normalize", "2_Normalize")] * normalize
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling")] + [("Normalize", "2_Normalize")] * bool(normalize)
     return {
         MODULES: to_json(
             [

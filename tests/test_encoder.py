@@ -252,6 +252,10 @@ def test_a_part_that_gives_one_in_a_tuple_is_refused() -> None:
     model.layers[1].register_forward_hook(lambda module, inputs, output: output[:1])
     with pytest.raises(TypeError, match="a layer gave a tuple of 1, it must give a pair: its states, and"):
         model(random_ids(2, 5))
+    model.layers[1] = nn.Identity()
+    model.layers[1].forward = lambda *_: None  # a forgotten `return`
+    with pytest.raises(TypeError, match="a layer gave a NoneType, it must give a pair: its states, and"):
+        model(random_ids(2, 5))
 
 
 def test_an_attention_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pkgutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.nn.utils import prune
 
 from heads import MISSING, MLPHead, MultiTaskLoss, MultiTaskModel
 from heads.evaluation import score
@@ -363,7 +365,34 @@ class Tanh(MLPHead):
         return cast(Tensor, self.out(self.hidden(embeddings).tanh()))
 
 
-@pytest.mark.parametrize("changed", ["class", "bias", "part"])
+@pytest.mark.parametrize(
+    ("kind", "read_first"),
+    [
+        (MultiTaskModel, "heads.multitask.read_json"),
+        (SentenceEncoder, "minibert.sentence_encoder.read_modules"),
+        (BertModel, "minibert.model.BertConfig.from_pretrained"),
+    ],
+)
+def test_nothing_loads_half_of_one_model_and_half_of_another(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, read_first: str
+) -> None:
+    model = build(small)
+    model.save_pretrained(tmp_path)
+    read = pkgutil.resolve_name(read_first)
+
+    def and_saved_by_another_process(path: Path) -> Any:
+        contents = read(path)
+        model.save_pretrained(tmp_path)
+        return contents
+
+    with monkeypatch.context() as patch:
+        patch.setattr(read_first, and_saved_by_another_process)
+        with pytest.raises(CheckpointError, match="was saved to while it was read: load it again"):
+            kind.from_pretrained(tmp_path)
+    kind.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("changed", ["class", "bias", "part", "weights"])
 def test_a_head_that_is_no_longer_an_mlphead(small: Path, tmp_path: Path, changed: str) -> None:
     def head() -> MLPHead:
         head = Tanh(36, 8, 3) if changed == "class" else MLPHead(36, 8, 3)
@@ -371,6 +400,8 @@ def test_a_head_that_is_no_longer_an_mlphead(small: Path, tmp_path: Path, change
             head.out = nn.Linear(8, 3, bias=False)
         if changed == "part":
             head.hidden = nn.Sequential(nn.Linear(36, 8), nn.Identity())  # type: ignore[assignment]
+        if changed == "weights":
+            prune.l1_unstructured(head.out, "weight", 0.5)  # type: ignore[no-untyped-call]
         return head
 
     encoder, tokenizer = BertModel.from_pretrained(small), Tokenizer.from_pretrained(small)

@@ -179,6 +179,21 @@ def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Te
         shutil.rmtree(fresh, ignore_errors=True)
 
 
+def last_save(directory: Path) -> tuple[int, int] | None:
+    """Another one after each `write_directory` of a model; None in the middle of it."""
+    try:
+        status = (directory / "config.json").stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def check_same_save(directory: Path, before: tuple[int, int] | None) -> None:
+    """Raises CheckpointError unless all that was read since `last_save` gave `before` is of one save."""
+    if last_save(directory) != before:
+        raise CheckpointError(f"{directory} was saved to while it was read: load it again")
+
+
 def _refuse_heads(directory: Path, files: Container[str]) -> None:
     if SINGLE in files and HEADS not in files and (directory / HEADS).exists():
         raise CheckpointError(
