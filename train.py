@@ -120,19 +120,19 @@ def train(
     """Trains from where `progress` and `state` are, and saves. Raises KeyboardInterrupt after Ctrl-C."""
     plan, epochs = options.plan(), all_batches(options, sets["train"])
     total = sum(map(len, epochs))
-    step = TrainingStep(model, build_loss(options, model).to(processes.device))
+    module = TrainingStep(model, build_loss(options, model).to(processes.device))
     fused = options.fast or None  # None: torch's default, which rounds as the reference does; fused does not
-    optimizer = torch.optim.AdamW(parameter_groups(plan, step, progress.epoch), fused=fused)
+    optimizer = torch.optim.AdamW(parameter_groups(plan, module, progress.epoch), fused=fused)
     if not processes.is_first:
         torch.manual_seed(options.seed + processes.rank)  # other dropout than in the first process
-    restore(state, step, optimizer, processes)
+    restore(state, module, optimizer, processes)
     state.clear()  # its tensors are views of last/'s file, which the next save replaces
     depths = [plan.frozen_depth(model, epoch) for epoch in range(len(epochs))]
 
     def save() -> None:
         """Writes last/."""
-        check_weights(step, progress)
-        tensors = collect(step, optimizer, processes)
+        check_weights(module, progress)
+        tensors = collect(module, optimizer, processes)
         processes.from_first(partial(run.save, "last", model, progress, tensors))
 
     def interrupted() -> bool:
@@ -146,10 +146,10 @@ def train(
     with catching_interrupts() as caught:
         for epoch in range(progress.epoch, len(epochs)):
             plan.apply(model, epoch)
-            set_groups(optimizer, parameter_groups(plan, step, epoch))
-            trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
+            set_groups(optimizer, parameter_groups(plan, module, epoch))
+            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
             cache_features(options, model, sets, epochs, depths, epoch, processes, stop_if_interrupted)
-            parallel = processes.parallel(step)
+            parallel = processes.parallel(module)
             model.train()
             title = f"epoch {epoch + 1}/{len(epochs)}"
             bar = Bar(title, "step", len(epochs[epoch]), progress.batch, hidden=not processes.is_first)
@@ -169,7 +169,7 @@ def train(
                 with processes.autocast():
                     objective, losses, logits = parallel(mine, labels, sets["train"].depth, shares)
                 hits = [float((logits[task].argmax(1) == labels[task]).sum()) for task in losses]
-                *sums, signals = processes.totals(  # of all processes, in one exchange
+                *sums, signals = processes.totals(  # of all processes, in one exchange; losses first, then hits
                     [*(loss.item() for loss in losses.values()), *hits, float(len(caught))]
                 )
                 means = {task: value / processes.count for task, value in zip(losses, sums, strict=False)}
@@ -195,7 +195,7 @@ def train(
             bar.close()
             title = f"{title}, step {progress.step}{bar.speed()}"
 
-            check_weights(step, progress)
+            check_weights(module, progress)
             metrics = processes.from_first(lambda: evaluate(model, sets["validation"], processes))
             better = progress.judge(score(metrics, options.metric))
             record = {"epoch": epoch, "step": progress.step, "trained": plan.trained(model, epoch)}
@@ -232,11 +232,11 @@ def all_batches(options: Options, dataset: SentenceDataset) -> list[list[list[in
     return epochs
 
 
-def parameter_groups(plan: FreezePlan, step: TrainingStep, epoch: int) -> list[dict[str, Any]]:
+def parameter_groups(plan: FreezePlan, module: TrainingStep, epoch: int) -> list[dict[str, Any]]:
     """The plan's, and the learned weights of the losses, which no plan freezes."""
-    learned = list(step.loss.parameters())
+    learned = list(module.loss.parameters())
     group = {"params": learned, "lr": plan.head_lr, "weight_decay": 0.0, "plan_lr": plan.head_lr}
-    return plan.optimizer_groups(step.model, epoch) + [group] * bool(learned)
+    return plan.optimizer_groups(module.model, epoch) + [group] * bool(learned)
 
 
 def rate_factor(options: Options, step: int, total: int) -> float:
@@ -291,9 +291,9 @@ def check_finite(name: str, value: float, record: dict[str, Any]) -> None:
         )
 
 
-def check_weights(step: TrainingStep, progress: Progress) -> None:
+def check_weights(module: TrainingStep, progress: Progress) -> None:
     """Nothing is saved, and nothing evaluated, that is not finite."""
-    for name, parameter in step.named_parameters():
+    for name, parameter in module.named_parameters():
         # a sum is not finite if a term is not, and takes no memory
         if parameter.requires_grad and not math.isfinite(parameter.detach().sum()):
             raise ValueError(

@@ -66,20 +66,7 @@ class MultiTaskLoss(nn.Module):
             TypeError: no mapping of tasks, logits that are no tensor, or labels that are none of int64.
             ValueError: a task without its logits, labels or count, a label that is no class.
         """
-        given = {"logits": logits, "labels": labels, "counts": self.weights if counts is None else counts}
-        for kind, tensors in given.items():
-            check_dict(kind, tensors)
-            if missing := self.weights.keys() - tensors.keys():
-                raise ValueError(f"there are no {kind} for {min(missing)} (an unknown label is {MISSING})")
-        integers = (torch.int64, torch.uint8)  # that cross_entropy takes
-        if wrong := [name for name in self.weights if getattr(labels[name], "dtype", None) not in integers]:
-            raise TypeError(f"labels of {wrong[0]} must be a tensor of class indices, int64")
-        if wrong := [name for name in self.weights if not isinstance(logits[name], Tensor)]:
-            raise TypeError(f"logits of {wrong[0]} must be a tensor, not a {full_name(logits[wrong[0]])}")
-        for name in self.weights:
-            ours, theirs = tuple(labels[name].shape), tuple(logits[name].shape)
-            if len(theirs) != 2 or ours != theirs[:1]:
-                raise ValueError(f"{name}: labels {ours} and logits {theirs} must be (B,) and (B, classes)")
+        self._check(logits, labels, counts)
         losses = {}
         total = torch.zeros((), device=next(iter(logits.values())).device)
         for i, (name, weight) in enumerate(self.weights.items()):
@@ -95,8 +82,27 @@ class MultiTaskLoss(nn.Module):
                 total = total + weight * losses[name]
             else:
                 s = self.log_variance[i]
+                # 0 * s: zero gradients, not none
                 total = total + torch.exp(-s) * losses[name] + (s / 2 if count else 0 * s)
         return total, losses
+
+    def _check(
+        self, logits: Mapping[str, Tensor], labels: Mapping[str, Tensor], counts: Mapping[str, float] | None
+    ) -> None:
+        given = {"logits": logits, "labels": labels} | ({} if counts is None else {"counts": counts})
+        for kind, tensors in given.items():
+            check_dict(kind, tensors)
+            if missing := self.weights.keys() - tensors.keys():
+                raise ValueError(f"there are no {kind} for {min(missing)} (an unknown label is {MISSING})")
+        integers = (torch.int64, torch.uint8)  # that cross_entropy takes
+        if wrong := [name for name in self.weights if getattr(labels[name], "dtype", None) not in integers]:
+            raise TypeError(f"labels of {wrong[0]} must be a tensor of class indices, int64")
+        if wrong := [name for name in self.weights if not isinstance(logits[name], Tensor)]:
+            raise TypeError(f"logits of {wrong[0]} must be a tensor, not a {full_name(logits[wrong[0]])}")
+        for name in self.weights:
+            ours, theirs = tuple(labels[name].shape), tuple(logits[name].shape)
+            if len(theirs) != 2 or ours != theirs[:1]:
+                raise ValueError(f"{name}: labels {ours} and logits {theirs} must be (B,) and (B, classes)")
 
 
 def check_dict(name: str, given: object) -> None:

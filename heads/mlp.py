@@ -6,8 +6,8 @@ from torch import Tensor, nn
 class MLPHead(nn.Module):
     """Linear, ReLU, Linear: a sentence vector -> a score per class.
 
-    `hidden` is the encoder's hidden size H, `width` how many numbers lie between the Linears, `classes` how
-    many scores come out. On bert-base's 768: `MLPHead(768, 256, 3)` to classify sentences,
+    `hidden` is the encoder's hidden size H, what comes in; `width` how many numbers lie between the Linears,
+    `classes` how many scores come out. On bert-base's 768: `MLPHead(768, 256, 3)` to classify sentences,
     `MLPHead(768, 128, 3)` for their sentiment.
     """
 

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert.config import BertConfig
-from minibert.inputs import holds, states_and_weights
+from minibert.inputs import checked_pair, holds
 
-# query, key, value (B, N, T, D), mask (B, 1, T, T) or None, dropout probability
+# query, key, value (B, N, T, D); a boolean mask (B, 1, T, T), True where a token may look, None if everywhere;
+# dropout probability, 0 in eval mode
 #   -> context (B, N, T, D), attention weights (B, N, T, T) or None where they are never formed
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor | None]]
 
@@ -27,7 +28,7 @@ def eager_attention(
     if mask is not None:
         lowest = torch.finfo(scores.dtype).min  # finite: a row with nothing to look at stays finite
         scores = scores + torch.where(mask, scores.new_zeros(()), lowest)
-    weights = dropout(scores.softmax(dim=-1), dropout_p)  # (B, N, T, T); dropout_p is 0 in eval mode
+    weights = dropout(scores.softmax(dim=-1), dropout_p)  # (B, N, T, T)
     return weights @ value, weights
 
 
@@ -49,7 +50,7 @@ def expand_mask(attention_mask: Tensor | None) -> Tensor | None:
 
     `[b, 0, i, j]` says whether token i may look at token j; it is the same for every i.
     """
-    if attention_mask is None or holds(attention_mask.all()):
+    if attention_mask is None or holds(attention_mask.all()):  # in a graph nobody knows: it is made
         return None
     batch, length = attention_mask.shape
     return attention_mask.bool()[:, None, None, :].expand(batch, 1, length, length)
@@ -74,14 +75,12 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, H) -> (B, T, H), and the attention weights if `attend` forms them.
 
-        With "packed" the states are (tokens, H), and (N, tokens, D) below: nothing here touches the axes
-        before T.
+        `attend` comes from `BertModel.run_layers`. With "packed" (packing.py) there is no B: states are
+        (tokens, H), and (N, tokens, D) below. So axes are counted from the end.
         """
         query, key, value = self.project(hidden)  # (B, N, T, D)
         dropout_p = self.weights_dropout_p if self.training else 0.0
-        context, weights = states_and_weights(
-            "an attention function", attend(query, key, value, mask, dropout_p)
-        )
+        context, weights = checked_pair("an attention function", attend(query, key, value, mask, dropout_p))
         context = context.transpose(-3, -2).flatten(-2)  # (B, N, T, D) -> (B, T, H)
         return self.dropout(self.output(context)), weights
 

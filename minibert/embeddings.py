@@ -8,6 +8,8 @@ The axes of every tensor in this project:
     N  num_attention_heads
     D  head size, H / N
 
+Other axes are spelt out: tokens (of all texts, one after the other), texts, classes.
+
 A text arrives as `[CLS] its tokens [SEP]`, a pair as `[CLS] first [SEP] second [SEP]`, filled up with
 `[PAD]`. L, where it is used, is the number of layers.
 """
@@ -21,11 +23,13 @@ from minibert.config import BertConfig
 class Embeddings(nn.Module):
     """Word + token type + position vectors, normalised (Devlin et al. 2018, figure 2, and their code).
 
-    All three are learned tables. Token type is 0 in the first text of a pair, 1 in the second.
+    All three are learned tables. Token type is 0 in the first text of a pair, 1 in the second; DistilBERT
+    has none.
     """
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
+        # padding_idx: this row gets no gradient
         self.word = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type = (

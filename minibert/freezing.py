@@ -107,7 +107,7 @@ class FreezePlan:
 
     @classmethod
     def parse(cls, spec: str, **rates: float) -> Self:
-        """A plan from its name; `rates` are the other fields. Raises ValueError as the class does."""
+        """The same as the class: `rates` are the fields after `spec`. Raises ValueError as it does."""
         return cls(spec, **rates)
 
     def trained(self, model: Headed, epoch: int = 0) -> list[str]:
@@ -123,7 +123,7 @@ class FreezePlan:
 
     def trains_nothing(self, model: Headed) -> bool:
         """Whether no epoch trains anything."""
-        return not self.trained(model, sys.maxsize)
+        return not self.trained(model, sys.maxsize)  # what has thawed stays so: the last epoch trains most
 
     def apply(self, model: Headed, epoch: int = 0) -> None:
         """Sets `requires_grad` both ways, drops the gradients of what is frozen, and sets its mode.
@@ -158,7 +158,7 @@ class FreezePlan:
         ]
 
     def frozen_depth(self, model: Headed, epoch: int = 0) -> int | None:
-        """How many layers, from the bottom, are frozen on top of frozen embeddings; None: not even those."""
+        """How many layers are frozen, from the bottom up; 0: the embeddings alone, None: not even they."""
         trained = self.trained(model, epoch)
         if "embeddings" in trained:
             return None
@@ -244,7 +244,7 @@ def set_groups(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, A
         if "lr" in group:
             group["plan_lr"] = float(group["lr"])  # which may have been set by hand
     for group in optimizer.param_groups:
-        if "max_lr" not in group:  # OneCycleLR's, which makes all rates itself
+        if "max_lr" not in group:  # OneCycleLR's, which makes rates of that alone: what it has now is no plan's
             group.setdefault("plan_lr", float(group["lr"]))
     if len(wanted) == len(optimizer.param_groups) and all(map(_is_same_group, optimizer.param_groups, wanted)):
         return

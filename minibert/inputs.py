@@ -101,7 +101,7 @@ def check_states(states: Tensor, mask: Tensor) -> None:
     check_mask(mask, states.shape[:2])
 
 
-def states_and_weights(part: str, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+def checked_pair(part: str, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
     """What a layer or an attention gave. Raises TypeError unless that is a pair (a batch of two is none)."""
     if not isinstance(output, tuple | list) or len(output) != 2:
         length = f" of {len(output)}" if isinstance(output, tuple | list) else ""

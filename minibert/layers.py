@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from minibert.attention import AttentionFunction, SelfAttention
 from minibert.config import BertConfig
-from minibert.inputs import states_and_weights
+from minibert.inputs import checked_pair
 
-# Called here, by one thread: where several make a process's first call of MKL's tanh, one may err by 5e-5.
+# A process's first call of MKL's tanh, made here by one thread: by several at once, one may err by 5e-5.
 torch.tanh(torch.zeros(64, dtype=torch.float32, device="cpu"))
 
 
@@ -20,6 +20,7 @@ def gelu_new(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
+# By config.hidden_act. (To change a model's, set `feed_forward.activation` of its layers: `encode` sees that.)
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,  # exact, with erf
     "relu": F.relu,
@@ -29,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FeedForward(nn.Module):
-    """Two Linears with an activation between, on each token (Vaswani et al. 2017, equation 2; here GELU)."""
+    """Two Linears with an activation between, on each token (Vaswani et al. 2017, eq. 2; BERT: GELU)."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -44,7 +45,9 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Attention, then feed-forward; after each, the sum with its input is normalised (post-norm)."""
+    """Attention, then feed-forward; after each, the sum with its input is normalised: "post-norm" (Vaswani et
+    al. 2017, section 3.1).
+    """
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -57,7 +60,7 @@ class EncoderLayer(nn.Module):
         self, hidden: Tensor, mask: Tensor | None, attend: AttentionFunction
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, H) -> (B, T, H), and the attention weights if `attend` forms them."""
-        attended, weights = states_and_weights("an attention", self.attention(hidden, mask, attend))
+        attended, weights = checked_pair("an attention", self.attention(hidden, mask, attend))
         hidden = self.attention_norm(attended + hidden)
         hidden = self.feed_forward_norm(self.feed_forward(hidden) + hidden)
         return hidden, weights

@@ -11,7 +11,7 @@ from torch.utils._pytree import _register_namedtuple
 from minibert.attention import ATTENTION_FUNCTIONS, expand_mask
 from minibert.config import BertConfig
 from minibert.embeddings import Embeddings
-from minibert.inputs import check_as_configured, check_config, check_dtype, check_inputs, states_and_weights
+from minibert.inputs import check_as_configured, check_config, check_dtype, check_inputs, checked_pair
 from minibert.layers import EncoderLayer, Pooler
 from minibert.meta_device import without_numbers
 from minibert.packing import PaddedBatch
@@ -24,8 +24,8 @@ class BertModelOutput(NamedTuple):
 
     `last_hidden_state` (B, T, H). `pooler_output` (B, H), None without a pooler.
     `hidden_states`: L + 1 tensors (B, T, H), the embeddings' output first, if asked for.
-    `attentions`: L tensors (B, N, T, T), after dropout as in transformers, if asked for (None in the place
-    of a layer of your own that gives none).
+    `attentions`: L tensors (B, N, T, T), after dropout as in transformers, if asked for (None where a layer
+    or an attention function of your own gives none).
     """
 
     last_hidden_state: Tensor
@@ -61,6 +61,15 @@ class BertModel(nn.Module):
         has_pooler = add_pooling_layer and config.model_type == "bert"
         self.pooler = Pooler(config) if has_pooler else None
         self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        """Normal weights, zero biases and zero padding vector (initializer_range), as in transformers."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+            elif module.padding_idx is not None:
+                nn.init.zeros_(module.weight[module.padding_idx].detach())
 
     @property
     def attention(self) -> str:
@@ -105,7 +114,8 @@ class BertModel(nn.Module):
             attention_mask: (B, T), 1 or True for a token, 0 or False for padding; all ones if None.
             token_type_ids: (B, T) integers from 0 to type_vocab_size - 1; all zeros if None.
             output_hidden_states: also return the output of the embeddings and of every layer.
-            output_attentions: also return every layer's attention weights; needs attention="eager".
+            output_attentions: also return every layer's attention weights; needs attention="eager", or a
+                function of yours that gives them.
 
         Raises:
             TypeError: an argument is not a tensor of the right kind.
@@ -116,7 +126,7 @@ class BertModel(nn.Module):
             raise ValueError(
                 f'output_attentions needs attention="eager": {self.attention} never forms the weights'
             )
-        embedded = hidden = self.embeddings(input_ids, token_type_ids)  # (B, T, H)
+        embedded = hidden = self.embeddings(input_ids, token_type_ids)  # (B, T, H); the last, too, of no layers
         hidden_states = [embedded]
         attentions: list[Any] = []
         for hidden, weights in self.run_layers(embedded, attention_mask):
@@ -137,20 +147,21 @@ class BertModel(nn.Module):
         """Layer by layer from `start` up to, not including, `stop`: its output and attention weights.
 
         `hidden` (B, T, H) is the output of the layer below `start`, of the embeddings for 0. Yields
-        (B, T, H), and (B, N, T, T) or None.
+        (B, T, H), and (B, N, T, T) or None: to be read, not changed. To go on from other states, call it
+        again with `start`.
         """
         layers = list(self.layers)[start:stop]  # a slice of a ModuleList would be a new Module
         if self.attention == "packed":
             batch = PaddedBatch(hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask)
             packed = batch.pack(hidden)  # (tokens, H)
             for layer in layers:
-                packed, _ = states_and_weights("a layer", layer(packed, None, batch.attend))
+                packed, _ = checked_pair("a layer", layer(packed, None, batch.attend))
                 yield batch.unpack(packed), None
             return
         attend = ATTENTION_FUNCTIONS[self.attention]
         mask = expand_mask(attention_mask)  # (B, 1, T, T) or None
         for layer in layers:
-            hidden, weights = states_and_weights("a layer", layer(hidden, mask, attend))
+            hidden, weights = checked_pair("a layer", layer(hidden, mask, attend))
             yield hidden, weights
 
     @classmethod
@@ -224,12 +235,3 @@ class BertModel(nn.Module):
         """What `.to(...)`, `.half()` and their like call: `encode`'s copy, in fast_inference.py, is dropped."""
         vars(self).pop("_kept", None)
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call,no-any-return]
-
-    def _initialise(self, module: nn.Module) -> None:
-        """Normal weights, zero biases and zero padding vector (initializer_range), as in transformers."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
-            elif module.padding_idx is not None:
-                nn.init.zeros_(module.weight[module.padding_idx].detach())

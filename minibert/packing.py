@@ -1,8 +1,9 @@
 """Batches without padding: the tokens of all texts one after the other, (tokens, H).
 
-Embeddings, Linears and LayerNorms treat each token alone, so they need not know. Attention and pooling
-must know which tokens belong together. Texts of equal length lie side by side, a run: each run is an
-ordinary batch (texts, length), and a text's numbers do not depend on how many others are in it.
+Linears and LayerNorms treat each token alone, so they need not know, nor do embeddings that are given each
+token's position. Attention and pooling must know which tokens belong together. Texts of equal length lie
+side by side, a run: each run is an ordinary batch (texts, length), and a text's numbers do not depend on how
+many others are in it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -41,7 +42,7 @@ class Packing:
 
     @classmethod
     def of(cls, lengths: Iterable[int], device: torch.device, *, fill: bool = False) -> Self:
-        """Of texts of these lengths, none of them 0; equal ones must be neighbours.
+        """Of texts of these lengths, none of them 0; of equal ones only neighbours share a run.
 
         With `fill` the tokens are filled up to one of a few numbers. (oneDNN keeps code for every number
         of rows that it has met: 0.5 MB and 1 to 3 ms for each of them and each Linear. cuBLAS sums few rows
@@ -131,7 +132,7 @@ class PackedBatch:
 
     @classmethod
     def from_rows(cls, rows: Sequence[Sequence[int]], config: BertConfig, device: torch.device) -> Self:
-        """From the ids of each text, at least one each; texts of equal length must be neighbours.
+        """From the ids of each text, at least one each; of texts of equal length only neighbours share a run.
 
         Raises:
             ValueError: an id outside the vocabulary, or a text longer than the model has positions for.
@@ -161,8 +162,8 @@ class PaddedBatch:
         return hidden.flatten(0, 1).index_select(0, self.cells)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """(tokens, H) -> (B, T, H), zero where the mask is 0."""
-        empty = packed.new_zeros(self.mask.numel(), packed.shape[1])  # (B * T, H)
+        """(tokens, numbers) -> (B, T, numbers), zero where the mask is 0."""
+        empty = packed.new_zeros(self.mask.numel(), packed.shape[1])  # (B * T, numbers)
         return empty.index_copy_(0, self.cells, packed).view(*self.mask.shape, packed.shape[1])
 
     def attend(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -51,7 +52,9 @@ def difference(piece: str, ours: Tensor | NDArray[Any], reference: Tensor | NDAr
     Raises:
         ValueError: the shapes or dtypes differ.
     """
-    a, b = (torch.as_tensor(numbers).detach().cpu() for numbers in (ours, reference))
+    a, b = (
+        x.detach().cpu() if isinstance(x, Tensor) else torch.from_numpy(np.array(x)) for x in (ours, reference)
+    )
     if a.shape != b.shape or a.dtype != b.dtype:
         raise ValueError(
             f"{piece}: ours is {a.dtype} {tuple(a.shape)}, the reference {b.dtype} {tuple(b.shape)}"

@@ -31,8 +31,17 @@ def test_minilm(minilm: Path, attention: str) -> None:
     if attention == "eager":
         maps = torch.stack([a[:3, 1:4, 2, 3] for a in output.attentions])
         torch.testing.assert_close(maps, torch.tensor(GOLDENS["attentions[:][:3, 1:4, 2, 3]"]), **CLOSE)
-    embeddings = encoder.encode(GOLDENS["texts"], convert_to_tensor=True)[:, :8]
-    torch.testing.assert_close(embeddings, torch.tensor(GOLDENS["embeddings[:, :8]"]), **CLOSE)
+    for name, normalize in (("embeddings", True), ("means", False)):
+        vectors = encoder.encode(GOLDENS["texts"], normalize_embeddings=normalize, convert_to_tensor=True)
+        torch.testing.assert_close(vectors[:, :8], torch.tensor(GOLDENS[f"{name}[:, :8]"]), **CLOSE)
+    with pytest.warns(UserWarning, match="1 of 1 texts cut to 256 tokens"):
+        of_long = encoder.encode(GOLDENS["long text"], convert_to_tensor=True)
+    torch.testing.assert_close(of_long[:8], torch.tensor(GOLDENS["long text's embedding[:8]"]), **CLOSE)
+    left = [torch.tensor(GOLDENS[f"left-padded {name}"]) for name in ("input_ids", "attention_mask")]
+    with torch.no_grad():
+        of_left = encoder.model(*left).last_hidden_state
+    expected = torch.tensor(GOLDENS["left-padded last_hidden_state[:, -4, 1:5]"])
+    torch.testing.assert_close(of_left[:, -4, 1:5], expected, **CLOSE)
     pair = [torch.tensor(GOLDENS[f"pair's {name}"]) for name in ("input_ids", "token_type_ids")]
     with torch.no_grad():
         of_pair = encoder.model(pair[0], token_type_ids=pair[1])

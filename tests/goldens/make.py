@@ -23,6 +23,7 @@ TEXTS = [
     "",
     "Of the texts this is the long one: " + "it goes on and on, and " * 6 + "ends.",
 ]
+LONG = "the cat sat on the mat and " * 60  # cut to 256 tokens, as sentence-transformers does
 PAIR = ("Where is the second text?", "It has token type 1.")
 TOLERANCE = 1e-5  # another CPU sums in another order
 
@@ -31,12 +32,16 @@ def goldens() -> dict[str, Any]:
     directory = resolve("all-MiniLM-L6-v2")
     tokenizer = AutoTokenizer.from_pretrained(directory)
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    left = tokenizer(TEXTS[:3], padding=True, padding_side="left", return_tensors="pt")
     pair = tokenizer(*PAIR, return_tensors="pt")
     model = AutoModel.from_pretrained(directory, attn_implementation="eager").eval()
     with torch.no_grad():
         output = model(**batch, output_hidden_states=True, output_attentions=True)
+        of_left = model(**left)
         of_pair = model(**pair)
-    embeddings = SentenceTransformer(str(directory), device="cpu").encode(TEXTS)
+    mask = batch["attention_mask"][:, :, None]
+    means = (output.last_hidden_state * mask).sum(1) / mask.sum(1)
+    encoder = SentenceTransformer(str(directory), device="cpu")
     return {
         "texts": TEXTS,
         "input_ids": batch["input_ids"].tolist(),
@@ -45,7 +50,13 @@ def goldens() -> dict[str, Any]:
         "last_hidden_state[4, ::7, 1:5]": output.last_hidden_state[4, ::7, 1:5].tolist(),
         "attentions[:][:3, 1:4, 2, 3]": [a[:3, 1:4, 2, 3].tolist() for a in output.attentions],
         "pooler_output[:, 1:5]": output.pooler_output[:, 1:5].tolist(),
-        "embeddings[:, :8]": embeddings[:, :8].tolist(),
+        "means[:, :8]": means[:, :8].tolist(),
+        "embeddings[:, :8]": encoder.encode(TEXTS)[:, :8].tolist(),
+        "long text": LONG,
+        "long text's embedding[:8]": encoder.encode(LONG)[:8].tolist(),
+        "left-padded input_ids": left["input_ids"].tolist(),
+        "left-padded attention_mask": left["attention_mask"].tolist(),
+        "left-padded last_hidden_state[:, -4, 1:5]": of_left.last_hidden_state[:, -4, 1:5].tolist(),
         "pair": PAIR,
         "pair's input_ids": pair["input_ids"].tolist(),
         "pair's token_type_ids": pair["token_type_ids"].tolist(),

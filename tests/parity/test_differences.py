@@ -39,6 +39,9 @@ def test_far_apart() -> None:
 def test_arrays() -> None:
     """Of whatever dtype: masks are compared, too."""
     assert difference("x", A, A.numpy()).ulps == 0
+    assert difference("x", A, np.broadcast_to(A.numpy(), A.shape)).ulps == 0  # which cannot be written to
+    backwards = np.flip(A.numpy()).copy()
+    assert difference("x", A, backwards[::-1, ::-1, ::-1]).ulps == 0
     assert difference("mask", np.array([True, False]), np.array([True, True])).index == (1,)
     with pytest.raises(
         ValueError, match=r"x: ours is torch.float64 \(4,\), the reference torch.float32 \(2, 3, 4\)"
