@@ -15,6 +15,7 @@ from minibert import BertModel, SentenceEncoder, Tokenizer, mean_pooling
 from minibert.freezing import keep_frozen_in_eval
 from minibert.inputs import full_name
 from minibert.modes import evaluating
+from minibert.onednn import products_through
 from minibert.sentence_encoder import check_batch_size, has_plain_forward
 from minibert.tokenizer import as_list, check_tokenizer
 from minibert.wrapped import bert_inside, uncompiled
@@ -159,7 +160,8 @@ class MultiTaskModel(nn.Module):
         if has_plain_forward(self, MultiTaskModel):
             encoder = SentenceEncoder(self.encoder, tokenizer)
             embeddings = encoder.encode(texts, batch_size, convert_to_tensor=True, show_progress_bar=False)
-            with evaluating(self.heads):
+            # one library, since another thread that encodes would have torch take the other
+            with evaluating(self.heads), products_through("MKL", embeddings):
                 return self.classify(embeddings).logits
         size = batch_size or BATCH_SIZE
         batches = [tokenizer(texts[start : start + size]) for start in range(0, len(texts), size)]

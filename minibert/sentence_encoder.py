@@ -137,7 +137,7 @@ class SentenceEncoder(nn.Module):
             normalize_embeddings=normalize,
             dtype=dtype if in_encode_only else None,
             compile=compile,
-        )
+        ).eval()
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
@@ -216,7 +216,8 @@ class SentenceEncoder(nn.Module):
         if not convert_to_tensor:  # a GPU need not hold them all
             blocks = (block.float().cpu() for block in blocks)
         parts = [*blocks] or [self._zeros(0)]
-        embeddings = torch.cat(parts) if len(parts) > 1 else parts[0]  # (n, H)
+        with torch.inference_mode(False):  # what is given back can be trained on
+            embeddings = torch.cat(parts) if len(parts) > 1 else parts[0]  # (n, H)
         result = embeddings[0] if isinstance(sentences, str) else embeddings
         return result if convert_to_tensor else result.float().cpu().numpy()
 
@@ -282,8 +283,7 @@ class SentenceEncoder(nn.Module):
         with mode, onednn_products() if device.type == "cpu" else nullcontext():
             for batch, vectors in results:
                 if embeddings is None:
-                    with torch.inference_mode(False):  # what is given back can be trained on
-                        embeddings = self._zeros(len(ids), vectors)  # a text without token stays zero
+                    embeddings = self._zeros(len(ids), vectors)  # a text without token stays zero
                 embeddings.index_copy_(0, send(np.array(batch, np.int64), device), vectors.to(embeddings.dtype))
                 progress(len(batch))
         return self._zeros(len(ids)) if embeddings is None else embeddings
@@ -325,6 +325,7 @@ class SentenceEncoder(nn.Module):
                 input_ids = torch.tensor([ids[i] for i in batch], device=device)  # (batch, T)
                 yield batch, self(input_ids, torch.ones_like(input_ids))
 
+    @torch.inference_mode(False)
     def _zeros(self, rows: int, like: Tensor | None = None) -> Tensor:
         """(rows, H), float32 or wider; as wide as `like` or, if that is None, as the model's states."""
         dtype = self.model.dtype if like is None else like.dtype
@@ -372,6 +373,7 @@ def has_plain_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module).forward is kind.forward and "forward" not in vars(module) and not has_hook(module)
 
 
+@torch.inference_mode(False)
 def _to_length_one(embeddings: Tensor) -> Tensor:
     """(n, H) -> the same, by `F.normalize` on a CPU: on a GPU the order in which it adds depends on n."""
     return _divide_by_length(embeddings) if embeddings.is_cuda else F.normalize(embeddings, dim=1)

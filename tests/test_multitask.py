@@ -26,6 +26,8 @@ from heads.multitask import MultiTaskOutput
 from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer
 from minibert.freezing import FreezePlan, named_groups
 from minibert.modes import evaluating
+from minibert.onednn import onednn_products
+from tests.fast_reference import needs_exact
 from weights import CheckpointError
 
 LABELS = {"type": ("news", "question", "statement"), "sentiment": ("bad", "good")}
@@ -95,6 +97,18 @@ def test_predict(small: Path) -> None:
     model.heads["type"] = nn.Sequential(nn.Linear(36, 1), nn.Flatten(0))
     with pytest.raises(ValueError, match=r"head 'type' gives \(3,\), for `predict` it must be \(B, classes\)"):
         model.predict(SENTENCES[:3])
+
+
+@needs_exact
+def test_predict_while_another_thread_encodes(minilm: Path) -> None:
+    """Which has torch multiply by another library, the heads' numbers, too."""
+    encoder = BertModel.from_pretrained(minilm)
+    model = MultiTaskModel(
+        encoder, {"a": MLPHead(384, 37, 3)}, tokenizer=Tokenizer.from_pretrained(minilm)
+    ).eval()
+    alone = model.predict(SENTENCES)
+    with onednn_products():
+        assert model.predict(SENTENCES) == alone
 
 
 def test_predict_by_a_forward_of_ones_own(small: Path) -> None:

@@ -81,8 +81,10 @@ def test_shapes_and_types(encoder: SentenceEncoder) -> None:
     assert torch.equal(tensor, torch.from_numpy(one))
     assert not tensor.requires_grad
     for normalize in (True, False):
-        block = encoder.encode(["hello", "x"], normalize_embeddings=normalize, convert_to_tensor=True)
-        assert not block.is_inference()  # heads can be trained on it
+        for texts in (["hello", "x"], ["x"] * 4097, []):
+            with torch.inference_mode():
+                block = encoder.encode(texts, normalize_embeddings=normalize, convert_to_tensor=True)
+            assert not block.is_inference()  # heads can be trained on it
     assert encoder.encode(iter(["hello"])).shape == (1, 384)
     assert encoder.encode(np.array(["hello", "x"])).shape == (2, 384)
     assert encoder.encode(np.array(["hello", "x"])[0]).shape == (384,)
@@ -137,6 +139,10 @@ def test_training_mode_is_left_as_it_was(tiny_encoder: SentenceEncoder) -> None:
     with pytest.raises(TypeError):
         tiny_encoder.encode([3])  # type: ignore[list-item]
     assert [module.training for module in tiny_encoder.modules()] == modes
+
+
+def test_what_is_loaded_is_in_eval_mode(minilm: Path) -> None:
+    assert not any(module.training for module in SentenceEncoder.from_pretrained(minilm).modules())
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
