@@ -42,8 +42,7 @@ class BertModel(nn.Module):
     """The BERT encoder (Devlin et al. 2018, section 3), with random weights; see `from_pretrained`.
 
     `attention` is "sdpa" (fused), "eager" (written out, and can return its weights) or "packed" (layers
-    take (tokens, H), without padding; outputs at padding are 0: the fastest on a CPU, and equal up to
-    rounding), or a name in `minibert.attention.ATTENTION_FUNCTIONS`.
+    take (tokens, H), without padding, where their outputs are 0: the fastest on a CPU, and equal up to rounding), or a name in `minibert.attention.ATTENTION_FUNCTIONS`.
     `add_pooling_layer`: with a `pooler` (a DistilBERT has none).
 
     Raises:
@@ -177,7 +176,7 @@ class BertModel(nn.Module):
 
         Args:
             name_or_path: a directory, a catalog name, or `org/name` on the hub.
-            attention: "sdpa", "eager" or "packed".
+            attention: as for the class.
             dtype: torch.float32, bfloat16, float16 or float64; as stored if None.
 
         The weights are memory-mapped: nothing is initialised or copied (unless converted). Without a pooler in
