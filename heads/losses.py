@@ -63,7 +63,7 @@ class MultiTaskLoss(nn.Module):
                 gradients of k processes or parts of a batch are averaged: their common number / k.)
 
         Raises:
-            TypeError: no mapping of tasks, logits that are no tensor, or labels that are neither int64 nor uint8.
+            TypeError: no mapping of tasks, logits that are no tensor, labels that are none of int64 or uint8.
             ValueError: a task without its logits, labels or count, a label that is no class.
         """
         self._check(logits, labels, counts)

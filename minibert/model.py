@@ -42,7 +42,8 @@ class BertModel(nn.Module):
     """The BERT encoder (Devlin et al. 2018, section 3), with random weights; see `from_pretrained`.
 
     `attention` is "sdpa" (fused), "eager" (written out, and can return its weights) or "packed" (layers
-    take (tokens, H), without padding, where their outputs are 0: the fastest on a CPU, and equal up to rounding), or a name in `minibert.attention.ATTENTION_FUNCTIONS`.
+    take (tokens, H), without padding, where their outputs are 0: the fastest on a CPU, and equal up to
+    rounding), or a name in `minibert.attention.ATTENTION_FUNCTIONS`.
     `add_pooling_layer`: with a `pooler` (a DistilBERT has none).
 
     Raises:
