@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from minibert.memory import is_out_of_memory, keep_freed_memory
 from minibert.modes import evaluating
 from minibert.onednn import onednn_products
 from weights import resolve
-from weights.safetensors_files import HEADS
+from weights.safetensors_files import HEADS, check_same_save, last_save
 
 WIDTHS = (256, 128)  # of the first task's head, of every other's
 EXAMPLES = (
@@ -57,6 +58,7 @@ def build_model(
 ) -> tuple[MultiTaskModel, list[str]]:
     """The encoder with a head for every task, the checkpoint's own and new ones; and the names of the new."""
     directory = resolve(options.model)
+    mark = last_save(directory)
     heads: dict[str, nn.Module] = {}
     labels: dict[str, tuple[str, ...]] = {}
     if (directory / HEADS).is_file():
@@ -76,7 +78,9 @@ def build_model(
     for task in new:
         width = WIDTHS[0] if task == tasks[0] else WIDTHS[1]
         heads[task] = MLPHead(encoder.config.hidden_size, width, len(labels[task]))
-    model = MultiTaskModel(encoder, heads, labels=labels, tokenizer=Tokenizer.from_pretrained(directory))
+    tokenizer = Tokenizer.from_pretrained(directory)
+    check_same_save(directory, mark)
+    model = MultiTaskModel(encoder, heads, labels=labels, tokenizer=tokenizer)
     for parameter in model.parameters():
         # MKL may round differently where a matrix begins elsewhere in memory, as it does in each mapped file
         parameter.data = parameter.data.clone()
@@ -326,6 +330,7 @@ def run_all(options: Options, processes: Processes, held: ExitStack) -> None:
         use_fast_dropout(model.encoder)
     assert model.tokenizer is not None
     sets = {name: SentenceDataset(some, model.tokenizer, model.labels) for name, some in examples.items()}
+    check_ids(options, model, [*sets.values()])
     if processes.is_first:
         print_sets(sets, model.labels)
     if options.eval_only:
@@ -362,6 +367,19 @@ def summary(plan: FreezePlan, model: MultiTaskModel, epoch: int) -> str:
     return f"in epoch {epoch + 1}:\n" * changes + plan.summary(model, epoch)
 
 
+def check_ids(options: Options, model: MultiTaskModel, sets: list[SentenceDataset]) -> None:
+    """Raises DataError where the model has no vector for a token of what will be encoded."""
+    assert model.tokenizer is not None
+    printed, _ = model.tokenizer.token_ids_and_cuts([*EXAMPLES], first=0)  # in the end
+    rows = chain(printed, *(dataset.ids for dataset in sets))
+    largest, size = max(max(row, default=0) for row in rows), model.encoder.config.vocab_size
+    if largest >= size:
+        raise DataError(
+            f"the tokenizer of {options.model} has made an id {largest} of a sentence, but the model's "
+            f"vocab_size is {size}: they do not belong together"
+        )
+
+
 def check_settings(
     options: Options,
     plan: FreezePlan,
@@ -370,12 +388,6 @@ def check_settings(
     sets: dict[str, SentenceDataset],
 ) -> None:
     """What could only fail later is said before training; `new` are the heads that have learned nothing yet."""
-    largest = max(max(row, default=0) for dataset in sets.values() for row in dataset.ids)
-    if largest >= model.encoder.config.vocab_size:
-        raise DataError(
-            f"the tokenizer of {options.model} has made an id {largest} of a sentence, but the model's "
-            f"vocab_size is {model.encoder.config.vocab_size}: they do not belong together"
-        )
     build_loss(options, model)
     trained = plan.trained(model, sys.maxsize)  # in some epoch, since what has thawed stays so
     if trained and not plan.trained(model, 0):

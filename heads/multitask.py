@@ -15,7 +15,6 @@ from minibert import BertModel, SentenceEncoder, Tokenizer, mean_pooling
 from minibert.freezing import keep_frozen_in_eval
 from minibert.inputs import full_name
 from minibert.modes import evaluating
-from minibert.onednn import products_through
 from minibert.sentence_encoder import check_batch_size, has_plain_forward
 from minibert.tokenizer import as_list, check_tokenizer
 from minibert.wrapped import bert_inside, uncompiled
@@ -125,6 +124,8 @@ class MultiTaskModel(nn.Module):
     def predict(self, sentences: str | Iterable[str], batch_size: int | None = None) -> list[dict[str, Any]]:
         """For each sentence, `{task: {"label": name, "probability": of that label}}`.
 
+        While another thread encodes, last bits of a probability may differ (docs/parity.md).
+
         Raises:
             TypeError, ValueError: no tokenizer, or as `SentenceEncoder.encode`.
             ValueError: a head gives no (B, classes), or nan, of which there is no label.
@@ -160,8 +161,7 @@ class MultiTaskModel(nn.Module):
         if has_plain_forward(self, MultiTaskModel):
             encoder = SentenceEncoder(self.encoder, tokenizer)
             embeddings = encoder.encode(texts, batch_size, convert_to_tensor=True, show_progress_bar=False)
-            # one library, since another thread that encodes would have torch take the other
-            with evaluating(self.heads), products_through("MKL", embeddings):
+            with evaluating(self.heads):
                 return self.classify(embeddings).logits
         size = batch_size or BATCH_SIZE
         batches = [tokenizer(texts[start : start + size]) for start in range(0, len(texts), size)]
@@ -230,13 +230,15 @@ class MultiTaskModel(nn.Module):
                 f"{directory} has no {HEADS}, so no MultiTaskModel was saved there: make one "
                 "by MultiTaskModel(BertModel.from_pretrained(...), {...})"
             )
-        save = last_save(directory)
+        mark = last_save(directory)
         settings = read_json(directory / HEADS).get("heads")
         if not isinstance(settings, dict):
             raise CheckpointError(f"{directory / HEADS} has no `heads`: save_pretrained did not write it")
         encoder = BertModel.from_pretrained(directory, attention=attention, dtype=dtype)
         has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
         tokenizer = Tokenizer.from_pretrained(directory) if has_tokenizer else None
+        tensors = read_file(directory / TENSORS)
+        check_same_save(directory, mark)
         given = heads or {}
         check_dict("heads", given)
         if unknown := sorted(given.keys() - settings.keys()):
@@ -251,8 +253,6 @@ class MultiTaskModel(nn.Module):
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{directory / HEADS}: {error}") from error
         try:
-            tensors = read_file(directory / TENSORS)
-            check_same_save(directory, save)
             for key, tensor in [*model.heads.named_parameters(), *model.heads.named_buffers()]:
                 if tensor.is_floating_point():
                     tensor.data = tensor.data.to(dtype or tensors.get(key, tensor).dtype)
@@ -289,10 +289,9 @@ def _is_plain(head: nn.Module) -> TypeGuard[MLPHead]:
     """Whether three numbers say what it is."""
     if type(head) is not MLPHead:
         return False
-    return all(
-        type(part) is nn.Linear and dict(part.named_parameters()).keys() == {"weight", "bias"}
-        for part in (head.hidden, head.out)
-    )
+    if head.state_dict().keys() != {"hidden.weight", "hidden.bias", "out.weight", "out.bias"}:
+        return False
+    return type(head.hidden) is type(head.out) is nn.Linear
 
 
 def _build_head(name: str, sizes: Any) -> MLPHead:

@@ -179,7 +179,7 @@ def parser() -> Parser:
     result.add_argument(
         "--config",
         metavar="FILE",
-        help="options as JSON, names with _ for - (a run's own names both rates); the command line overrides",
+        help="options as JSON, names with _ for - (a run's has both rates); the command line overrides",
     )
     for item in fields(Options):
         kind, details = str(item.type), dict(item.metadata)

@@ -43,9 +43,8 @@ def read_sets(options: Options) -> tuple[dict[str, list[Example]], list[str]]:
                 "tasks and --validation-fraction were the same; a column named split can mark its rows",
                 stacklevel=1,
             )
-    for name in ("train", "validation"):
-        if not sets[name] and not options.eval_only:
-            raise DataError(f"there is no sentence for {name}")
+    if not sets["train"] and not options.eval_only:
+        raise DataError("there is no sentence for train")
     _warn_of_seen(sets)
     return {name: examples for name, examples in sets.items() if examples}, list(tasks)
 

@@ -126,7 +126,7 @@ class BertModel(nn.Module):
             raise ValueError(
                 f'output_attentions needs attention="eager": {self.attention} never forms the weights'
             )
-        embedded = hidden = self.embeddings(input_ids, token_type_ids)  # (B, T, H); the last, too, of no layers
+        embedded = hidden = self.embeddings(input_ids, token_type_ids)  # (B, T, H); the latter without layers
         hidden_states = [embedded]
         attentions: list[Any] = []
         for hidden, weights in self.run_layers(embedded, attention_mask):
@@ -190,10 +190,10 @@ class BertModel(nn.Module):
         """
         check_dtype(dtype)
         directory = resolve(name_or_path)
-        save = last_save(directory)
+        mark = last_save(directory)
         config = BertConfig.from_pretrained(directory)
         checkpoint = load_checkpoint(directory)
-        check_same_save(directory, save)
+        check_same_save(directory, mark)
         has_pooler = any(name.startswith("pooler.") for name in checkpoint.tensors)
         with without_numbers():  # the file has them
             model = cls(config, attention=attention, add_pooling_layer=has_pooler)

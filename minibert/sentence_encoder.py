@@ -120,7 +120,7 @@ class SentenceEncoder(nn.Module):
             ValueError: `attention` or `dtype` is none of those.
         """
         directory = resolve(name_or_path)
-        save = last_save(directory)
+        mark = last_save(directory)
         pooling, normalize = read_modules(directory)
         in_encode_only = dtype == torch.bfloat16
         model = BertModel.from_pretrained(
@@ -129,7 +129,7 @@ class SentenceEncoder(nn.Module):
         if in_encode_only and model.dtype == torch.float16:
             model.float()  # float16 has no room for the numbers of bfloat16
         tokenizer = Tokenizer.from_pretrained(directory)
-        check_same_save(directory, save)
+        check_same_save(directory, mark)
         return cls(
             model,
             tokenizer,
@@ -218,7 +218,7 @@ class SentenceEncoder(nn.Module):
         parts = [*blocks] or [self._zeros(0)]
         with torch.inference_mode(False):  # what is given back can be trained on
             embeddings = torch.cat(parts) if len(parts) > 1 else parts[0]  # (n, H)
-        result = embeddings[0] if isinstance(sentences, str) else embeddings
+            result = embeddings[0] if isinstance(sentences, str) else embeddings
         return result if convert_to_tensor else result.float().cpu().numpy()
 
     def encode_blocks(

@@ -26,8 +26,6 @@ from heads.multitask import MultiTaskOutput
 from minibert import BertConfig, BertModel, SentenceEncoder, Tokenizer
 from minibert.freezing import FreezePlan, named_groups
 from minibert.modes import evaluating
-from minibert.onednn import onednn_products
-from tests.fast_reference import needs_exact
 from weights import CheckpointError
 
 LABELS = {"type": ("news", "question", "statement"), "sentiment": ("bad", "good")}
@@ -97,18 +95,6 @@ def test_predict(small: Path) -> None:
     model.heads["type"] = nn.Sequential(nn.Linear(36, 1), nn.Flatten(0))
     with pytest.raises(ValueError, match=r"head 'type' gives \(3,\), for `predict` it must be \(B, classes\)"):
         model.predict(SENTENCES[:3])
-
-
-@needs_exact
-def test_predict_while_another_thread_encodes(minilm: Path) -> None:
-    """Which has torch multiply by another library, the heads' numbers, too."""
-    encoder = BertModel.from_pretrained(minilm)
-    model = MultiTaskModel(
-        encoder, {"a": MLPHead(384, 37, 3)}, tokenizer=Tokenizer.from_pretrained(minilm)
-    ).eval()
-    alone = model.predict(SENTENCES)
-    with onednn_products():
-        assert model.predict(SENTENCES) == alone
 
 
 def test_predict_by_a_forward_of_ones_own(small: Path) -> None:
@@ -406,7 +392,7 @@ def test_nothing_loads_half_of_one_model_and_half_of_another(
     kind.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("changed", ["class", "bias", "part", "weights"])
+@pytest.mark.parametrize("changed", ["class", "bias", "part", "weights", "buffer"])
 def test_a_head_that_is_no_longer_an_mlphead(small: Path, tmp_path: Path, changed: str) -> None:
     def head() -> MLPHead:
         head = Tanh(36, 8, 3) if changed == "class" else MLPHead(36, 8, 3)
@@ -416,6 +402,8 @@ def test_a_head_that_is_no_longer_an_mlphead(small: Path, tmp_path: Path, change
             head.hidden = nn.Sequential(nn.Linear(36, 8), nn.Identity())  # type: ignore[assignment]
         if changed == "weights":
             prune.l1_unstructured(head.out, "weight", 0.5)  # type: ignore[no-untyped-call]
+        if changed == "buffer":
+            head.register_buffer("temperature", torch.ones(()))
         return head
 
     encoder, tokenizer = BertModel.from_pretrained(small), Tokenizer.from_pretrained(small)

@@ -81,10 +81,11 @@ def test_shapes_and_types(encoder: SentenceEncoder) -> None:
     assert torch.equal(tensor, torch.from_numpy(one))
     assert not tensor.requires_grad
     for normalize in (True, False):
-        for texts in (["hello", "x"], ["x"] * 4097, []):
+        for texts in (["hello", "x"], ["x"] * 4097, [], "x"):
             with torch.inference_mode():
                 block = encoder.encode(texts, normalize_embeddings=normalize, convert_to_tensor=True)
             assert not block.is_inference()  # heads can be trained on it
+            block *= torch.nn.Parameter(torch.ones(384))
     assert encoder.encode(iter(["hello"])).shape == (1, 384)
     assert encoder.encode(np.array(["hello", "x"])).shape == (2, 384)
     assert encoder.encode(np.array(["hello", "x"])[0]).shape == (384,)
@@ -178,7 +179,7 @@ def test_other_dtypes(minilm: Path, encoder: SentenceEncoder, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("normalize", [True, False, np.True_])
 def test_saved_encoder_loads_everywhere(minilm: Path, tmp_path: Path, pooling: str, normalize: bool) -> None:
     from transformers import AutoModel, AutoTokenizer
 

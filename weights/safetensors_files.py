@@ -88,7 +88,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:  # the latter of a file that got shorter meanwhile
         raise CheckpointError(f"{path} {_what_it_is(path)} ({error}): fetch it again") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
@@ -180,7 +180,7 @@ def write_directory(directory: Path, files: Mapping[str, bytes | Mapping[str, Te
 
 
 def last_save(directory: Path) -> tuple[int, int] | None:
-    """Another one after each `write_directory` of a model; None in the middle of it."""
+    """A mark that differs after each `write_directory` of a model; None in the middle of one."""
     try:
         status = (directory / "config.json").stat()
     except OSError:
@@ -188,9 +188,9 @@ def last_save(directory: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def check_same_save(directory: Path, before: tuple[int, int] | None) -> None:
-    """Raises CheckpointError unless all that was read since `last_save` gave `before` is of one save."""
-    if last_save(directory) != before:
+def check_same_save(directory: Path, mark: tuple[int, int] | None) -> None:
+    """Raises CheckpointError unless all that was read since `last_save` gave this mark is of one save."""
+    if last_save(directory) != mark:
         raise CheckpointError(f"{directory} was saved to while it was read: load it again")
 
 

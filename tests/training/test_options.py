@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -13,7 +14,7 @@ import pytest
 import train
 from heads import MultiTaskModel
 from heads.options import Options, read_options
-from minibert import Tokenizer
+from minibert import BertConfig, BertModel, Tokenizer
 from tests.full_disk import no_file_beyond
 from tests.terminal import shown_on_a_terminal
 from tests.training.conftest import Main, assert_same_run, table
@@ -116,6 +117,16 @@ def test_a_tokenizer_with_more_words_than_the_model(
     assert (
         f"has made an id {size} of a sentence, but the model's vocab_size is {size}" in capsys.readouterr().err
     )
+    fields = json.loads((small / "config.json").read_text()) | {
+        "vocab_size": 2000
+    }  # for the words of the examples
+    BertModel(BertConfig.from_dict(fields)).save_pretrained(tmp_path / "model")
+    table(
+        data,
+        [("text", "a"), *((" ".join(words), words[0]) for words in product(("the", "of", "and"), repeat=3))],
+    )
+    assert train.main(command.split()) == 2
+    assert "but the model's vocab_size is 2000: they do not belong together" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
