@@ -330,7 +330,7 @@ def run_all(options: Options, processes: Processes, held: ExitStack) -> None:
         use_fast_dropout(model.encoder)
     assert model.tokenizer is not None
     sets = {name: SentenceDataset(some, model.tokenizer, model.labels) for name, some in examples.items()}
-    check_ids(options, model, [*sets.values()])
+    check_vocabulary(options, model, sets)
     if processes.is_first:
         print_sets(sets, model.labels)
     if options.eval_only:
@@ -367,11 +367,11 @@ def summary(plan: FreezePlan, model: MultiTaskModel, epoch: int) -> str:
     return f"in epoch {epoch + 1}:\n" * changes + plan.summary(model, epoch)
 
 
-def check_ids(options: Options, model: MultiTaskModel, sets: list[SentenceDataset]) -> None:
-    """Raises DataError where the model has no vector for a token of what will be encoded."""
+def check_vocabulary(options: Options, model: MultiTaskModel, sets: dict[str, SentenceDataset]) -> None:
+    """Raises DataError where the model has no vector for a token, also of the examples that `finish` prints."""
     assert model.tokenizer is not None
-    printed, _ = model.tokenizer.token_ids_and_cuts([*EXAMPLES], first=0)  # in the end
-    rows = chain(printed, *(dataset.ids for dataset in sets))
+    printed, _ = model.tokenizer.token_ids_and_cuts([*EXAMPLES], first=0)
+    rows = chain(printed, *(dataset.ids for dataset in sets.values()))
     largest, size = max(max(row, default=0) for row in rows), model.encoder.config.vocab_size
     if largest >= size:
         raise DataError(

@@ -50,7 +50,7 @@ def expand_mask(attention_mask: Tensor | None) -> Tensor | None:
 
     `[b, 0, i, j]` says whether token i may look at token j; it is the same for every i.
     """
-    if attention_mask is None or holds(attention_mask.all()):  # in a graph nobody knows: it is made
+    if attention_mask is None or holds(attention_mask.all()):  # while a graph is traced nobody knows
         return None
     batch, length = attention_mask.shape
     return attention_mask.bool()[:, None, None, :].expand(batch, 1, length, length)

@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FeedForward(nn.Module):
-    """Two Linears with an activation between, on each token (Vaswani et al. 2017, eq. 2; BERT: GELU)."""
+    """Two Linears with an activation between, on each token (Vaswani et al. 2017, equation 2, with ReLU)."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()

@@ -126,7 +126,7 @@ class BertModel(nn.Module):
             raise ValueError(
                 f'output_attentions needs attention="eager": {self.attention} never forms the weights'
             )
-        embedded = hidden = self.embeddings(input_ids, token_type_ids)  # (B, T, H); the latter without layers
+        embedded = hidden = self.embeddings(input_ids, token_type_ids)  # (B, T, H)
         hidden_states = [embedded]
         attentions: list[Any] = []
         for hidden, weights in self.run_layers(embedded, attention_mask):

@@ -117,16 +117,30 @@ def test_a_tokenizer_with_more_words_than_the_model(
     assert (
         f"has made an id {size} of a sentence, but the model's vocab_size is {size}" in capsys.readouterr().err
     )
-    fields = json.loads((small / "config.json").read_text()) | {
-        "vocab_size": 2000
-    }  # for the words of the examples
+    fields = json.loads((small / "config.json").read_text()) | {"vocab_size": 2000}
     BertModel(BertConfig.from_dict(fields)).save_pretrained(tmp_path / "model")
-    table(
-        data,
-        [("text", "a"), *((" ".join(words), words[0]) for words in product(("the", "of", "and"), repeat=3))],
-    )
+    # The examples that are printed in the end have rarer words.
+    texts = [" ".join(words) for words in product(("the", "of", "and"), repeat=3)]
+    table(data, [("text", "a"), *((text, text[0]) for text in texts)])
     assert train.main(command.split()) == 2
     assert "but the model's vocab_size is 2000: they do not belong together" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_saved_while_it_is_read(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokenizer may be another's."""
+    shutil.copytree(small, tmp_path / "model")
+    model, read = BertModel.from_pretrained(small), Tokenizer.from_pretrained
+
+    def saved_before(directory: Path) -> Tokenizer:
+        model.save_pretrained(directory)
+        return read(directory)
+
+    monkeypatch.setattr(Tokenizer, "from_pretrained", saved_before)
+    assert train.main(f"--model {tmp_path / 'model'} --data dummy --output {tmp_path / 'run'}".split()) == 2
+    assert "model was saved to while it was read: load it again" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
