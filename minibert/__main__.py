@@ -253,7 +253,7 @@ def _write_embeddings(output: Path, embeddings: NDArray[np.float32]) -> None:
         if output.suffix == ".npy":
             content = io.BytesIO()
             np.save(content, embeddings)  # into a file it would not notice that the last bytes found no room
-            temporary.write_bytes(content.getbuffer())
+            temporary.write_bytes(content.getvalue())
             record_file(output).unlink(missing_ok=True)  # of an array that was here before
         else:
             temporary.write_bytes(save({"embeddings": embeddings}))
